@@ -66,6 +66,10 @@ type Dom0 interface {
 	// error.
 	Kill(ctx context.Context, group string, grace time.Duration) error
 
+	// WaitEmpty blocks until no process lives in the control group, by a watch
+	// on it; an absent group is empty. It ends early with ctx's error.
+	WaitEmpty(ctx context.Context, group string) error
+
 	// Groups lists the control groups below this prefix that exist, alive or empty.
 	Groups() ([]string, error)
 
