@@ -1,0 +1,169 @@
+// Package pool owns the records of the pool and every operation on them:
+// introduce, precheck, apply, pool_apply, clean and destroy of patches; create,
+// plug, scan and destroy of SRs; create, clone, copy and destroy of VDIs; the
+// comparison of records with what a host really has.
+//
+// What changes the pool's records goes through one store transaction. What
+// takes place on a host is a job: a record that the agent of that host takes,
+// carries out and reports on. The package knows no wire, runs no program and
+// mounts nothing.
+//
+// The codes an operation returns are those of the XenAPI; the comment of each
+// method names them.
+package pool
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/sirupsen/logrus"
+
+	"github.com/patchd/patchd/pkg/sr"
+	"github.com/patchd/patchd/pkg/store"
+	"github.com/patchd/patchd/pkg/xapi"
+)
+
+// Pool is the service. Every method may be called by many goroutines.
+type Pool struct {
+	Store   *store.Store
+	Log     logrus.FieldLogger
+	Drivers []sr.Driver
+	Now     func() time.Time
+
+	// Self is the record of the host this process runs on.
+	Self     xapi.Ref
+	SelfUUID xapi.UUID
+	PoolUUID xapi.UUID
+
+	// PatchDir is this host's folder of classic patch files and of stampfiles.
+	PatchDir string
+
+	// KeepFree is what must stay free on the filesystem that holds path.
+	KeepFree func(path string) int64
+
+	storage Storage
+}
+
+// Options says who this host is and where its things lie.
+type Options struct {
+	Store    *store.Store
+	Log      logrus.FieldLogger
+	Drivers  []sr.Driver
+	Now      func() time.Time // nil: the clock
+	HostUUID xapi.UUID        // of this host, kept by the caller
+	Hostname string
+	Address  string // by which clients and other hosts reach this one, or ""
+	PatchDir string
+	KeepFree func(path string) int64
+	// Version is this program's version, for the host's software_version.
+	Version string
+	CPUInfo map[string]string
+}
+
+// Indexes are the relations that the records of this package are looked up by.
+// The field named Parent changes when a child comes, goes or moves.
+func Indexes() []store.Index {
+	return []store.Index{
+		{Class: ClassHostPatch, Field: "pool_patch", Parent: ClassPatch},
+		{Class: ClassHostPatch, Field: "host", Parent: ClassHost},
+		{Class: ClassVDI, Field: "SR", Parent: ClassSR},
+		{Class: ClassVDI, Field: "snapshot_of", Parent: ClassVDI},
+		{Class: ClassPBD, Field: "SR", Parent: ClassSR},
+		{Class: ClassPBD, Field: "host", Parent: ClassHost},
+		{Class: ClassPatch, Field: "VDI"},
+		{Class: ClassJob, Field: "host"},
+		{Class: ClassJob, Field: "patch"},
+	}
+}
+
+// Open makes sure that the pool and this host have their records and gives the
+// service. A store that is empty gets a pool of one host.
+func Open(ctx context.Context, o Options) (*Pool, error) {
+	p := &Pool{
+		Store: o.Store, Log: o.Log, Drivers: o.Drivers, Now: o.Now,
+		SelfUUID: o.HostUUID, PatchDir: o.PatchDir, KeepFree: o.KeepFree,
+	}
+	if p.Now == nil {
+		p.Now = time.Now
+	}
+	if p.KeepFree == nil {
+		p.KeepFree = func(string) int64 { return 0 }
+	}
+	err := p.Store.Update(ctx, func(tx *store.Tx) error { return p.ensureRecords(tx, o) })
+	if err != nil {
+		return nil, fmt.Errorf("write the records of pool and host: %w", err)
+	}
+	return p, nil
+}
+
+// ensureRecords is the body of Open's transaction.
+func (p *Pool) ensureRecords(tx *store.Tx, o Options) error {
+	host, ref := Host{}, xapi.NewRef()
+	for _, it := range tx.List(ClassHost) {
+		var h Host
+		if err := it.Decode(&h); err != nil {
+			return err
+		}
+		if h.UUID == o.HostUUID {
+			host, ref = h, it.Ref
+		}
+	}
+	if host.UUID == "" {
+		host = Host{
+			UUID: o.HostUUID, NameLabel: o.Hostname, Enabled: true, Display: "enabled",
+			OtherConfig: map[string]string{}, Tags: []string{}, Logging: map[string]string{},
+			LicenseServer: map[string]string{}, GuestVCPUsParams: map[string]string{},
+			SuspendImageSR: xapi.NullRef, CrashDumpSR: xapi.NullRef,
+		}
+	}
+	host.Hostname, host.Address, host.CPUInfo = o.Hostname, o.Address, o.CPUInfo
+	if host.CPUInfo == nil {
+		host.CPUInfo = map[string]string{}
+	}
+	host.SoftwareVersion = softwareVersion(o.Version)
+	tx.Put(ClassHost, ref, host)
+	p.Self = ref
+
+	for _, it := range tx.List(ClassPool) {
+		var r PoolRecord
+		if err := it.Decode(&r); err != nil {
+			return err
+		}
+		p.PoolUUID = r.UUID
+		return nil
+	}
+	r := PoolRecord{
+		UUID: xapi.NewUUID(), NameLabel: "", Master: ref, DefaultSR: xapi.NullRef,
+		SuspendImageSR: xapi.NullRef, CrashDumpSR: xapi.NullRef, OtherConfig: map[string]string{},
+		GuiConfig: map[string]string{}, HealthCheckConfig: map[string]string{}, Tags: []string{},
+	}
+	tx.Put(ClassPool, xapi.NewRef(), r)
+	p.PoolUUID = r.UUID
+	return nil
+}
+
+// softwareVersion says 7.0 with platform 2.1.0: the last family with classic
+// patches, so that clients which know two ways take the classic one.
+func softwareVersion(version string) map[string]string {
+	return map[string]string{
+		"product_brand": "patchd", "product_version": "7.0.0", "product_version_text": "7.0",
+		"product_version_text_short": "7.0", "platform_name": "XCP", "platform_version": "2.1.0",
+		"build_number": version, "patchd": version, "network_backend": "openvswitch",
+		"hostname": "localhost", "date": "2016-05-20",
+	}
+}
+
+// Pool gives the one pool record and its ref.
+func (p *Pool) Record() (xapi.Ref, PoolRecord, error) {
+	var ref xapi.Ref
+	var rec PoolRecord
+	err := p.Store.View(func(v *store.View) error {
+		for _, it := range v.List(ClassPool) {
+			ref = it.Ref
+			return it.Decode(&rec)
+		}
+		return fmt.Errorf("the store holds no pool record")
+	})
+	return ref, rec, err
+}
