@@ -1,0 +1,36 @@
+# patchd: make build, make demo and make test are all one needs.
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+export CGO_ENABLED := 0
+LDFLAGS := -s -w -X main.version=$(VERSION)
+N ?= 40
+SEED ?= 1
+FUZZTIME ?= 60s
+
+.PHONY: build demo test lint bench fuzz soak deps clean
+
+build: ## a static bin/patchd
+	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/patchd ./cmd/patchd
+
+demo: deps build ## the main job, end to end, on a temporary state directory
+	scripts/demo.sh bin/patchd
+
+deps: ## what the demo and the tests need from Debian and npm
+	scripts/deps.sh
+
+test: deps ## everything that must hold; needs root
+	scripts/test.sh
+
+lint: ## gofmt, vet, staticcheck by golangci-lint
+	scripts/lint.sh
+
+bench: deps ## the measured targets, as ratios to a baseline in the same run
+	scripts/bench.sh
+
+fuzz: ## each fuzz target for FUZZTIME
+	scripts/fuzz.sh $(FUZZTIME)
+
+soak: deps ## random faults: make soak N=300 SEED=7
+	PATCHD_SOAK_N=$(N) PATCHD_SOAK_SEED=$(SEED) go test -count=1 -timeout 0 -run 'Soak' -v ./integration/...
+
+clean:
+	rm -rf bin

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Installs from Debian what patchd's demo and tests use: gpg to make real
+# signatures, filesystem tools to make and check real images, curl, Python and
+# node as unmodified clients. Does nothing where all is there.
+set -euo pipefail
+
+declare -A package=(
+	[gpg]=gnupg [curl]=curl [e2fsck]=e2fsprogs [mkfs.xfs]=xfsprogs [mkfs.btrfs]=btrfs-progs
+	[losetup]=mount [python3]=python3 [node]=nodejs [npm]=npm [ip]=iproute2 [git]=git
+)
+export PATH=$PATH:/usr/sbin:/sbin
+missing=()
+for tool in "${!package[@]}"; do
+	command -v "$tool" >/dev/null || missing+=("${package[$tool]}")
+done
+[ ${#missing[@]} -eq 0 ] && exit 0
+
+if [ "$(id -u)" -ne 0 ]; then
+	echo "these Debian packages are missing, and only root can install them: ${missing[*]}" >&2
+	exit 1
+fi
+echo "installing: ${missing[*]}" >&2
+export DEBIAN_FRONTEND=noninteractive
+apt-get update -qq >&2
+apt-get install -y -qq --no-install-recommends "${missing[@]}" >&2
