@@ -1,0 +1,13 @@
+// Package all is the one list of storage drivers: what stands here is what
+// patchd can use.
+package all
+
+import (
+	"github.com/patchd/patchd/pkg/sr"
+	"github.com/patchd/patchd/pkg/sr/file"
+)
+
+// Drivers lists every storage driver, each with its own Info().Type.
+func Drivers() []sr.Driver {
+	return []sr.Driver{&file.Driver{}}
+}
