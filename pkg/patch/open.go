@@ -52,9 +52,14 @@ type Message struct {
 	kind       SignatureKind
 	hash       hash.Hash
 	size       int64
+	sum        string // of the payload that was read to its end
 	sig        Signature
-	digest     string
+	digest     string // sum, once the signature holds
 	err        error
+
+	// What was found of signatures, for a Report.
+	details *openpgp.MessageDetails
+	packets []byte
 }
 
 // Open begins to read a patch file: an OpenPGP signed message, binary or
@@ -65,17 +70,28 @@ type Message struct {
 // Errors: INVALID_PATCH []; the cause is for the log. An error of r that has a
 // code of its own, or is that of a context, is given as it is.
 func Open(r io.Reader, keys *Keyring, o Options) (*Message, error) {
+	m := newMessage(r)
+	if err := m.begin(keys, o); err != nil {
+		return nil, err
+	}
+	return m, nil
+}
+
+func newMessage(r io.Reader) *Message {
+	return &Message{source: &source{r: r}, hash: sha256.New()}
+}
+
+func (m *Message) begin(keys *Keyring, o Options) error {
 	if o.Limits.Cleartext <= 0 {
 		o.Limits.Cleartext = DefaultCleartext
 	}
 	if o.Limits.Decompressed <= 0 {
 		o.Limits.Decompressed = DefaultDecompressed
 	}
-	m := &Message{source: &source{r: r}, hash: sha256.New()}
 	if err := m.open(bufio.NewReaderSize(m.source, 64<<10), keys, o); err != nil {
-		return nil, m.coded(err)
+		return m.coded(err)
 	}
-	return m, nil
+	return nil
 }
 
 func (m *Message) open(r *bufio.Reader, keys *Keyring, o Options) error {
@@ -129,7 +145,7 @@ func (m *Message) openInline(r *bufio.Reader, keys *Keyring, o Options) error {
 	if !md.IsSigned || md.IsEncrypted {
 		return errors.New("the message is not signed, or is encrypted")
 	}
-	m.body = md.UnverifiedBody
+	m.body, m.details = md.UnverifiedBody, md
 	m.finish = func(string) (Signature, error) {
 		if !f.finished {
 			return Signature{}, errors.New("the message was not read to its end")
@@ -153,11 +169,12 @@ func (m *Message) openCleartext(r *bufio.Reader, keys *Keyring, o Options) error
 	if err != nil {
 		return err
 	}
+	m.packets, m.size = packets, int64(len(payload))
 	sig, err := checkDetached(bytes.NewReader(payload), Signature{Kind: Cleartext, Packet: packets}, keys)
 	if err != nil {
 		return err
 	}
-	m.body = bytes.NewReader(payload)
+	m.body, m.size = bytes.NewReader(payload), 0
 	m.finish = func(string) (Signature, error) { return sig, nil }
 	return nil
 }
@@ -212,12 +229,12 @@ func (m *Message) Read(p []byte) (int, error) {
 
 // end decides; io.EOF is yes.
 func (m *Message) end() error {
-	digest := hex.EncodeToString(m.hash.Sum(nil))
-	sig, err := m.finish(digest)
+	m.sum = hex.EncodeToString(m.hash.Sum(nil))
+	sig, err := m.finish(m.sum)
 	if err != nil {
 		return err
 	}
-	m.sig, m.digest = sig, digest
+	m.sig, m.digest = sig, m.sum
 	return io.EOF
 }
 
@@ -262,70 +279,4 @@ func (s *source) Read(p []byte) (int, error) {
 		s.err = err
 	}
 	return n, err
-}
-
-// checkDetached verifies payload by the signature packets of sig and gives the
-// signature as it was found.
-func checkDetached(payload io.Reader, sig Signature, keys *Keyring) (Signature, error) {
-	if err := onlySignatures(sig.Packet); err != nil {
-		return Signature{}, err
-	}
-	if sig.Kind == Cleartext {
-		payload = &signedText{r: payload}
-	}
-	now := keys.now()
-	md, err := openpgp.VerifyDetachedSignatureReader(keys.ring(now), payload, bytes.NewReader(sig.Packet), policy(now.Add(clockSkew)))
-	if err != nil {
-		return Signature{}, unexpected(err)
-	}
-	if _, err := io.CopyBuffer(io.Discard, onlyReader{md.UnverifiedBody}, make([]byte, 64<<10)); err != nil {
-		return Signature{}, err
-	}
-	return accept(md, sig.Kind, keys.now())
-}
-
-type onlyReader struct{ io.Reader }
-
-// VerifyDetached verifies a stored payload by the signature kept with it, and
-// gives its digest (SHA-256, lower-case hexadecimal), in one pass and constant
-// memory. pinned is as in Options.
-//
-// Errors: INVALID_PATCH [] when the signature does not hold, by what keys
-// trusts now; ctx's cause when it ends; an error of payload as it is.
-func VerifyDetached(ctx context.Context, payload io.Reader, sig Signature, keys *Keyring, pinned []string) (string, error) {
-	digest := sha256.New()
-	src := &source{r: &contextReader{ctx, payload}}
-	tee := io.TeeReader(src, digest)
-	var err error
-	switch sig.Kind {
-	case Inline, Cleartext:
-		_, err = checkDetached(tee, sig, keys)
-	case Pinned:
-		_, err = io.CopyBuffer(io.Discard, onlyReader{tee}, make([]byte, 64<<10))
-		if err == nil && !isPinned(hex.EncodeToString(digest.Sum(nil)), pinned) {
-			err = fmt.Errorf("not signed, and its SHA-256 %x is not pinned in the configuration", digest.Sum(nil))
-		}
-	default:
-		err = fmt.Errorf("unknown kind of signature %.32q", sig.Kind)
-	}
-	if src.err != nil {
-		return "", fmt.Errorf("read the payload: %w", src.err)
-	}
-	if err != nil {
-		return "", invalidPatch(err)
-	}
-	return hex.EncodeToString(digest.Sum(nil)), nil
-}
-
-// contextReader ends with its context.
-type contextReader struct {
-	ctx context.Context
-	r   io.Reader
-}
-
-func (c *contextReader) Read(p []byte) (int, error) {
-	if c.ctx.Err() != nil {
-		return 0, context.Cause(c.ctx)
-	}
-	return c.r.Read(p)
 }
