@@ -109,11 +109,8 @@ func (s *Store) pause(ctx context.Context, d time.Duration) error {
 // run runs f once and commits. With errConflict the revision is that of the
 // view f read.
 func (s *Store) run(ctx context.Context, sl *slot, f func(tx *Tx) error) (int64, error) {
-	if ctx.Err() != nil {
-		return 0, context.Cause(ctx)
-	}
-	if s.ctx.Err() != nil {
-		return 0, ErrClosed
+	if ctx.Err() != nil || s.ctx.Err() != nil {
+		return 0, s.ended(ctx)
 	}
 	tx, fence := newTx(s.state.Load().view), s.lead.Load()
 	if err := f(tx); err != nil {
@@ -125,6 +122,9 @@ func (s *Store) run(ctx context.Context, sl *slot, f func(tx *Tx) error) (int64,
 	}
 	if len(p.ops) == 0 {
 		return tx.v.rev, nil
+	}
+	if ctx.Err() != nil {
+		return 0, context.Cause(ctx)
 	}
 	if err := fault.Point("store.update"); err != nil {
 		return 0, err
@@ -140,9 +140,14 @@ func (s *Store) run(ctx context.Context, sl *slot, f func(tx *Tx) error) (int64,
 	return rev, nil
 }
 
-// shown waits until the view shows revision rev. The change has happened, so
-// the end of ctx or of the store is no error.
+// shown waits until the view shows revision rev, a moment even where ctx has
+// ended. The change has happened, so the end of ctx or of the store is no error.
 func (s *Store) shown(ctx context.Context, rev int64) {
+	if s.Wait(ctx, rev-1) == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(s.ctx, time.Second)
+	defer cancel()
 	_ = s.Wait(ctx, rev-1)
 }
 
