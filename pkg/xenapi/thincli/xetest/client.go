@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -55,6 +56,7 @@ type Client struct {
 	rest                         []string
 	permitted                    map[string]bool
 	stdout, stderr               bytes.Buffer
+	mu                           sync.Mutex
 	open                         []net.Conn
 	ctx                          context.Context
 }
@@ -85,7 +87,17 @@ func (c *Client) Run(ctx context.Context) (Result, error) {
 	return Result{Exit: code, Stdout: c.stdout.String(), Stderr: c.stderr.String()}, nil
 }
 
+// opened notes a connection, so that a killed client takes it along.
+func (c *Client) opened(nc net.Conn) net.Conn {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.open = append(c.open, nc)
+	return nc
+}
+
 func (c *Client) closeAll() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	for _, nc := range c.open {
 		nc.Close()
 	}
@@ -149,8 +161,7 @@ func (c *Client) dial(server string) (net.Conn, error) {
 	local := server == "127.0.0.1"
 	if local && c.Socket != "" {
 		if nc, err := net.Dial("unix", c.Socket); err == nil {
-			c.open = append(c.open, nc)
-			return nc, nil
+			return c.opened(nc), nil
 		}
 	}
 	var d net.Dialer
@@ -164,8 +175,7 @@ func (c *Client) dial(server string) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	c.open = append(c.open, nc)
-	return nc, nil
+	return c.opened(nc), nil
 }
 
 func orElse(s, def string) string {
