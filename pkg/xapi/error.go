@@ -102,6 +102,7 @@ const (
 	UserIsNotLocalSuperuser        = "USER_IS_NOT_LOCAL_SUPERUSER"        // message
 	ChangePasswordRejected         = "CHANGE_PASSWORD_REJECTED"           // message
 	DBUniquenessConstraintViolated = "DB_UNIQUENESS_CONSTRAINT_VIOLATION" // table, field, value
+	XenAPIMissingPlugin            = "XENAPI_MISSING_PLUGIN"              // name of the plug-in
 	Timeout                        = "TIMEOUT"                            // what timed out (ours)
 	MessageTooLarge                = "MESSAGE_TOO_LARGE"                  // what, limit in bytes (ours)
 

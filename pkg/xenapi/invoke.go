@@ -1,0 +1,147 @@
+package xenapi
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/patchd/patchd/pkg/session"
+	"github.com/patchd/patchd/pkg/task"
+	"github.com/patchd/patchd/pkg/xapi"
+)
+
+// writeTimeout bounds a message that writes without a task.
+const writeTimeout = 60 * time.Second
+
+// invoke checks role and arguments and runs the message in its mode. The error
+// it returns always has a code.
+func (s *Server) invoke(ctx context.Context, m *Message, async bool, method string, sess *session.Session, params []any) (any, error) {
+	c := &call{ctx: ctx, srv: s, msg: m, name: method, sess: sess}
+	audit := s.beginAudit(c)
+	v, err := s.start(c, async, params, audit)
+	if err == nil {
+		return v, nil
+	}
+	audit.done(err)
+	return nil, s.coded(c, err)
+}
+
+// start runs c, or starts it where it is asynchronous. A failure is left for
+// the caller to audit; whatever else becomes of the call is audited here.
+func (s *Server) start(c *call, async bool, params []any, audit *audit) (v any, err error) {
+	if err := authorize(c); err != nil {
+		return nil, err
+	}
+	if c.args, err = c.msg.bind(params); err != nil {
+		return nil, err
+	}
+	audit.note(c)
+	switch {
+	case c.msg.mode == modeRead:
+		return s.read(c)
+	case c.msg.mode == modeLogin:
+		v, err = c.msg.run(c)
+	case c.msg.mode == modeWrite:
+		v, err = s.write(c)
+	case async:
+		return s.startTask(c, audit)
+	default:
+		v, err = s.runTask(c)
+	}
+	if err == nil {
+		audit.done(nil)
+	}
+	return v, err
+}
+
+// authorize compares the session's role with the one the message needs.
+func authorize(c *call) error {
+	if c.msg.noSession {
+		return nil
+	}
+	return c.sess.Require(c.msg.role, c.msg.FullName())
+}
+
+// read runs under the request and ends, too, when the session does: whoever
+// waits for events learns of a logout at once.
+func (s *Server) read(c *call) (any, error) {
+	if c.sess == nil {
+		return c.msg.run(c)
+	}
+	ctx, cancel := context.WithCancelCause(c.ctx)
+	defer cancel(nil)
+	over := c.sess.Context()
+	stop := context.AfterFunc(over, func() { cancel(context.Cause(over)) })
+	defer stop()
+	c.ctx = ctx
+	v, err := c.msg.run(c)
+	if err != nil && over.Err() != nil && errors.Is(err, context.Canceled) {
+		return nil, context.Cause(over)
+	}
+	return v, err
+}
+
+// write runs to its end whether or not the client waits for it.
+func (s *Server) write(c *call) (any, error) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(c.ctx), writeTimeout)
+	defer cancel()
+	c.ctx = ctx
+	return c.msg.run(c)
+}
+
+func (c *call) spec() task.Spec {
+	return task.Spec{Label: c.name, Session: c.sess.Stored, User: c.sess.User}
+}
+
+// runTask runs a call that the client waits for, as a task that others can see
+// and cancel. A client that goes away changes nothing.
+func (s *Server) runTask(c *call) (any, error) {
+	base := context.WithoutCancel(c.ctx)
+	ref, err := s.Tasks.Create(base, c.spec())
+	if err != nil {
+		return nil, err
+	}
+	var out any
+	_, err = s.Tasks.Run(base, ref, func(ctx context.Context, _ *task.Handle) (string, error) {
+		c.ctx = ctx
+		v, err := c.msg.run(c)
+		if err != nil {
+			return "", s.coded(c, err)
+		}
+		out = v
+		return XMLValue(v), nil
+	})
+	return out, err
+}
+
+// startTask starts an asynchronous call and gives its task. What becomes of it
+// is the task's to tell, and the audit's.
+func (s *Server) startTask(c *call, audit *audit) (any, error) {
+	base := context.WithoutCancel(c.ctx)
+	ref, err := s.Tasks.Create(base, c.spec())
+	if err != nil {
+		return nil, err
+	}
+	s.Tasks.Go(ref, func(ctx context.Context, _ *task.Handle) (string, error) {
+		c.ctx = ctx
+		v, err := c.msg.run(c)
+		audit.done(err)
+		if err != nil {
+			return "", s.coded(c, err)
+		}
+		return XMLValue(v), nil
+	})
+	return string(ref), nil
+}
+
+// coded gives err as an error with a code, and logs the cause of what the
+// client will see as an internal error: this is the border.
+func (s *Server) coded(c *call, err error) error {
+	if cause := new(xapi.Error); errors.As(err, &cause) && cause.Code != xapi.InternalError {
+		return err
+	}
+	if c.ctx.Err() == nil {
+		s.Log.WithError(err).WithField("method", c.msg.FullName()).Error("call failed")
+	}
+	return xapi.AsError(err)
+}
