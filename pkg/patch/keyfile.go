@@ -86,6 +86,39 @@ func parseKeys(data []byte) (list openpgp.EntityList, errs []error) {
 	return list, append(errs, errors.New("too much that is not a key: the rest is not read"))
 }
 
+// revocations reads the key revocations that stand before any key: a file made
+// by gpg beside each new key holds nothing else.
+func revocations(data []byte) []*packet.Signature {
+	var out []*packet.Signature
+	packets := packet.NewReader(bytes.NewReader(data))
+	for len(out) < maxSignatures {
+		p, err := packets.Next()
+		if err != nil {
+			return out
+		}
+		s, ok := p.(*packet.Signature)
+		if !ok {
+			return out
+		}
+		if s.SigType == packet.SigTypeKeyRevocation {
+			out = append(out, s)
+		}
+	}
+	return out
+}
+
+// revoke attaches loose revocations to the key they are of. Whether they are
+// genuine is checked like that of any other signature of the key.
+func revoke(list openpgp.EntityList, loose []*packet.Signature) {
+	for _, s := range loose {
+		for _, e := range list {
+			if s.CheckKeyIdOrFingerprint(e.PrimaryKey) {
+				e.Revocations = append(e.Revocations, packet.NewVerifiableSig(s))
+			}
+		}
+	}
+}
+
 func skippable(err error) bool {
 	var unsupported pgperrors.UnsupportedError
 	var structural pgperrors.StructuralError

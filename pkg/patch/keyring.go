@@ -34,7 +34,8 @@ type Keyring struct {
 }
 
 // keyBlob is one run of binary OpenPGP packets out of one file. Keys are parsed
-// anew for every check: a parsed key remembers results inside itself.
+// anew for every check: a parsed key remembers results inside itself. A blob
+// that begins with a revocation only revokes.
 type keyBlob struct {
 	file string
 	data []byte
@@ -77,7 +78,7 @@ func LoadKeyring(dir string) (*Keyring, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read trusted keys: %w", err)
 	}
-	total := 0
+	total := 0 // bytes
 	for n, entry := range entries {
 		if n == maxKeyFiles {
 			k.problem(dir, fmt.Errorf("more than %d files: the rest is not read", maxKeyFiles))
@@ -153,6 +154,10 @@ func (k *Keyring) add(name string, data []byte) {
 		k.problem(name, err)
 	}
 	for _, b := range blobs {
+		if len(revocations(b)) > 0 {
+			k.blobs = append(k.blobs, keyBlob{name, b})
+			continue
+		}
 		found, errs := parseKeys(b)
 		for _, err := range errs {
 			k.problem(name, err)
@@ -180,8 +185,10 @@ func (k *Keyring) add(name string, data []byte) {
 // revocation in any file counts.
 func (k *Keyring) entities() openpgp.EntityList {
 	var list openpgp.EntityList
+	var loose []*packet.Signature
 	at := make(map[string]*openpgp.Entity)
 	for _, b := range k.blobs {
+		loose = append(loose, revocations(b.data)...)
 		found, _ := parseKeys(b.data)
 		for _, e := range found {
 			dropSecret(e)
@@ -194,6 +201,7 @@ func (k *Keyring) entities() openpgp.EntityList {
 			list = append(list, e)
 		}
 	}
+	revoke(list, loose)
 	return list
 }
 

@@ -3,6 +3,7 @@ package patch
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -117,7 +118,7 @@ func reason(err error) string {
 }
 
 // ask runs `info` of the payload.
-func (r *Report) ask(ctx context.Context, file io.Reader, o VerifyOptions) (Info, error) {
+func (r *Report) ask(ctx context.Context, file io.Reader, o VerifyOptions) (info Info, err error) {
 	m, err := Open(&contextReader{ctx, file}, o.Keys, o.Options)
 	if err != nil {
 		return Info{}, err
@@ -126,9 +127,9 @@ func (r *Report) ask(ctx context.Context, file io.Reader, o VerifyOptions) (Info
 	if err != nil {
 		return Info{}, fmt.Errorf("make an image of the payload: %w", err)
 	}
-	defer remove()
+	defer func() { err = errors.Join(err, remove()) }()
 	if m.Digest() != r.Digest {
-		return Info{}, fmt.Errorf("the file changed while it was read")
+		return Info{}, errors.New("the file changed while it was read")
 	}
 	return Query(ctx, o.Dom0, image, 0)
 }
