@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"flag"
 	"fmt"
 	"net"
 	"net/url"
@@ -31,6 +32,12 @@ func TestMain(m *testing.M) {
 		os.Exit(playWriter())
 	case "leader":
 		os.Exit(playLeader())
+	}
+	flag.Parse()
+	for name, value := range map[string]string{"rapid.checks": "20", "rapid.seed": "7"} {
+		if flag.Lookup(name).Value.String() == flag.Lookup(name).DefValue {
+			_ = flag.Set(name, value)
+		}
 	}
 	goleak.VerifyTestMain(m)
 }
