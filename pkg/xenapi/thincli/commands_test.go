@@ -263,7 +263,17 @@ func TestEventWait(t *testing.T) {
 	t.Run("events that were lost are read anew", func(t *testing.T) {
 		w := newWorld(t, short())
 		furnish(w)
-		expect(t, w.xe("event-wait", "class=pool", "name-label=the pool"), xetest.Result{})
+		w.lose = 3
+		w.add("task", 33, object{"name_label": "job", "status": "pending"})
+		go func() {
+			w.until("every token was lost", func() bool {
+				w.fake.mu.Lock()
+				defer w.fake.mu.Unlock()
+				return w.lose < 0
+			})
+			w.edit(ref(33), object{"status": "success"})
+		}()
+		expect(t, w.xe("event-wait", "class=task", "name-label=job", "status=success"), xetest.Result{})
 	})
 }
 

@@ -30,6 +30,7 @@ type fake struct {
 	answers  map[string]any           // what a method returns
 	holds    map[string]chan struct{} // a method waits for this
 	entered  chan string              // a held method says that it was called
+	lose     int                      // how often event.from says EVENTS_LOST to a token
 }
 
 func newFake() *fake {
@@ -302,6 +303,13 @@ func (f *fake) from(ctx context.Context, params []any) (any, error) {
 	since := 0
 	if token := params[1].(string); token != "" {
 		since, _ = strconv.Atoi(token)
+		f.mu.Lock()
+		lost := f.lose > 0
+		f.lose--
+		f.mu.Unlock()
+		if lost {
+			return nil, xapi.NewError(xapi.EventsLost)
+		}
 	}
 	for {
 		f.mu.Lock()

@@ -65,6 +65,9 @@ func (r *run) command(ctx context.Context, body string) {
 	if r.logout != nil {
 		r.logout()
 	}
+	if r.ended(errClientGone) {
+		return
+	}
 	if err := r.conn.exit(code); err != nil {
 		r.log.WithError(err).Debug("thin CLI client left before the exit code")
 	}

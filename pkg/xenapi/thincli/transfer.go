@@ -142,7 +142,10 @@ func (r *run) failedAtClient(task string, finished *watch) error {
 	defer settle.Stop()
 	select {
 	case <-finished.closed:
-		_, err := r.outcome(task, finished.err)
+		if finished.err != nil {
+			break // the watch ended, not the task
+		}
+		_, err := r.outcome(task, nil)
 		if err == nil {
 			err = xapi.NewError(clientError)
 		}
