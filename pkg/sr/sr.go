@@ -105,7 +105,8 @@ type Driver interface {
 	// configuration, not of the driver.
 	Attach(ctx context.Context, c Config) (Repository, error)
 
-	// Destroy removes an SR that holds no volume (else SR_NOT_EMPTY).
+	// Destroy removes an SR that holds no volume (else SR_NOT_EMPTY). An SR
+	// that is not there is success; another one in its place stays.
 	Destroy(ctx context.Context, c Config) error
 }
 

@@ -211,13 +211,11 @@ func destroy(ctx context.Context, path string, uuid xapi.UUID) error {
 	}
 	defer folder.Close()
 	found, err := readMarker(folder)
-	switch {
-	case err != nil:
+	if errors.Is(err, errUnknownMarker) || (err == nil && found != uuid) {
+		return nil // what is there is not this SR
+	}
+	if err != nil {
 		return err
-	case found == "":
-		return nil
-	case found != uuid:
-		return fmt.Errorf("it holds SR %s, not %s", found, uuid)
 	}
 	volumes, err := scan(ctx, folder)
 	if err != nil {

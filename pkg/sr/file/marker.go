@@ -20,6 +20,8 @@ const (
 	markerMax    = 256
 )
 
+var errUnknownMarker = errors.New("not the marker of an SR that this version knows")
+
 // readMarker gives the uuid of the SR in folder, or "" when there is none.
 func readMarker(folder *os.File) (xapi.UUID, error) {
 	f, err := openRegular(folder, markerName, unix.O_RDONLY)
@@ -37,7 +39,7 @@ func readMarker(folder *os.File) (xapi.UUID, error) {
 	id, ok := strings.CutPrefix(string(text), markerPrefix)
 	uuid := xapi.UUID(strings.TrimSuffix(id, "\n"))
 	if !ok || !uuid.Valid() {
-		return "", fmt.Errorf("%s/%s is not the marker of an SR that this version knows", folder.Name(), markerName)
+		return "", fmt.Errorf("%s/%s: %w", folder.Name(), markerName, errUnknownMarker)
 	}
 	return uuid, nil
 }

@@ -282,9 +282,13 @@ func (s Suite) OneSRPerPlace(t *testing.T) {
 		if _, err := d.Attach(ctx, other); err == nil {
 			t.Error("attached the place of another SR")
 		}
-		if err := d.Destroy(ctx, other); err == nil {
-			t.Error("destroyed the place of another SR")
+		must(t, d.Destroy(ctx, other)) // it is not there; what is there stays
+		if _, err := d.Probe(ctx, c); err != nil {
+			t.Errorf("probe after destroying what is not there: %v", err)
 		}
+		again, err := d.Attach(ctx, c)
+		must(t, err)
+		must(t, again.Detach(ctx))
 	}
 	must(t, holds(ctx, r, n, mib, pattern(1, 4096)))
 }
