@@ -104,10 +104,10 @@ func (s *Session) Require(need Role, permission string) error {
 }
 
 // String names the session without its secret.
-func (s *Session) String() string { return "session " + string(s.UUID) + " of " + s.User }
+func (s Session) String() string { return "session " + string(s.UUID) + " of " + s.User }
 
 // GoString is String: a %#v shows no secret either.
-func (s *Session) GoString() string { return s.String() }
+func (s Session) GoString() string { return s.String() }
 
 // StoredRef is the reference under which the session with that secret ref is
 // stored. Knowing it opens nothing.
