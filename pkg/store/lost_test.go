@@ -30,7 +30,9 @@ const (
 	delayed         // no answer comes, and it commits when late is run
 )
 
-func (l *lossy) Txn(ctx context.Context) clientv3.Txn { return &lossyTxn{l.KV.Txn(context.WithoutCancel(ctx)), l} }
+func (l *lossy) Txn(ctx context.Context) clientv3.Txn {
+	return &lossyTxn{l.KV.Txn(context.WithoutCancel(ctx)), l}
+}
 
 func (l *lossy) draw() loss {
 	l.mu.Lock()

@@ -196,7 +196,7 @@ func TestViewAgainstModel(t *testing.T) {
 			}
 			tx.Put("mark", xapi.NewRef(), disk{})
 		})
-			m := &model{versions: map[int64]map[id]modelRecord{rev: {}}, revs: []int64{rev}, first: map[id]int64{}}
+		m := &model{versions: map[int64]map[id]modelRecord{rev: {}}, revs: []int64{rev}, first: map[id]int64{}}
 		for range rapid.IntRange(1, 40).Draw(r, "steps") {
 			st := drawStep(r, m, round)
 			before := view(t, s)
@@ -225,4 +225,3 @@ func TestViewAgainstModel(t *testing.T) {
 		}
 	})
 }
-
