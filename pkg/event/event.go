@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -139,7 +141,7 @@ func (b *Broker) From(ctx context.Context, subs []string, token string, timeout 
 func (b *Broker) all(want subscriptions, render Render) (Batch, error) {
 	var batch Batch
 	err := b.store.View(func(v *store.View) error {
-		for class := range want.classes {
+		for _, class := range slices.Sorted(maps.Keys(want.classes)) {
 			for _, it := range v.List(class) {
 				if !want.has(class, it.Ref) {
 					continue

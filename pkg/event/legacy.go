@@ -3,6 +3,7 @@ package event
 import (
 	"context"
 	"errors"
+	"sync"
 	"time"
 
 	"github.com/patchd/patchd/pkg/store"
@@ -23,13 +24,15 @@ var errGone = errors.New("the session is not registered any more")
 // registration is one session of the legacy calls. Its queue is a position in
 // the history of the view, so a session that never asks costs nothing.
 type registration struct {
-	want   subscriptions
-	data   string // store id
-	rev    int64  // events up to here are delivered
-	lost   bool   // the queue ran over: register again
-	used   time.Time
+	used   time.Time       // guarded by Broker.mu
 	ctx    context.Context // ends with the registration, cause errGone
 	cancel context.CancelCauseFunc
+
+	mu   sync.Mutex // guards what follows; taken after Broker.mu where both are
+	want subscriptions
+	data string // store id
+	rev  int64  // events up to here are delivered
+	lost bool   // the queue ran over: register again
 }
 
 // Register adds subscriptions to a session; its events begin now.
@@ -56,6 +59,8 @@ func (b *Broker) Register(session xapi.Ref, classes []string) error {
 		b.sessions[session] = r
 	}
 	r.used = time.Now()
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	r.want.add(want)
 	if r.want.size() > maxSubscriptions {
 		b.drop(session)
@@ -74,6 +79,8 @@ func (b *Broker) Unregister(session xapi.Ref, classes []string) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if r, ok := b.sessions[session]; ok {
+		r.mu.Lock()
+		defer r.mu.Unlock()
 		r.want.remove(want)
 		if r.want.size() == 0 {
 			b.drop(session)
@@ -130,7 +137,7 @@ func (b *Broker) Next(ctx context.Context, session xapi.Ref, render Render) ([]E
 	var events []Event
 	err := b.store.Until(wait, func(v *store.View) (bool, error) {
 		var err error
-		events, err = b.deliver(v, r, render)
+		events, err = r.deliver(v, render)
 		return len(events) > 0, err
 	})
 	if errors.Is(err, errGone) {
@@ -141,23 +148,20 @@ func (b *Broker) Next(ctx context.Context, session xapi.Ref, render Render) ([]E
 
 // deliver gives the events of v that the session has not got, and moves its
 // position past them.
-func (b *Broker) deliver(v *store.View, r *registration, render Render) ([]Event, error) {
-	b.mu.Lock()
-	want, data, rev, lost := r.want.clone(), r.data, r.rev, r.lost
-	b.mu.Unlock()
-	if v.Revision() <= rev && data == v.StoreID() && !lost {
-		return nil, nil
+func (r *registration) deliver(v *store.View, render Render) ([]Event, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.lost = r.lost || r.data != v.StoreID(); r.lost {
+		return nil, xapi.NewError(xapi.EventsLost)
 	}
-	events, err := since(v, want, rev, render)
-	if lost || data != v.StoreID() || len(events) > maxQueue || xapi.Is(err, xapi.EventsLost) {
-		lost, events, err = true, nil, xapi.NewError(xapi.EventsLost)
+	if v.Revision() <= r.rev {
+		return nil, nil // a call of the same session is ahead
 	}
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if r.rev != rev && err == nil {
-		return nil, nil // another call of this session took them
+	events, err := since(v, r.want, r.rev, render)
+	if len(events) > maxQueue || xapi.Is(err, xapi.EventsLost) {
+		r.lost = true
+		return nil, xapi.NewError(xapi.EventsLost)
 	}
-	r.lost = lost
 	if err == nil {
 		r.rev = v.Revision()
 	}

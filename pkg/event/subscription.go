@@ -100,29 +100,6 @@ func (s subscriptions) size() int {
 	return n
 }
 
-// clone is a copy that does not change when s does.
-func (s subscriptions) clone() subscriptions {
-	c := subscriptions{make(map[string]map[xapi.Ref]bool, len(s.classes))}
-	c.add(subscriptions{copyRefs(s.classes)})
-	return c
-}
-
-func copyRefs(classes map[string]map[xapi.Ref]bool) map[string]map[xapi.Ref]bool {
-	out := make(map[string]map[xapi.Ref]bool, len(classes))
-	for class, refs := range classes {
-		if refs != nil {
-			mine := make(map[xapi.Ref]bool, len(refs))
-			for ref := range refs {
-				mine[ref] = true
-			}
-			out[class] = mine
-		} else {
-			out[class] = nil
-		}
-	}
-	return out
-}
-
 func validClass(class string) bool {
 	if class == "" || len(class) > 64 {
 		return false
