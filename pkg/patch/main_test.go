@@ -33,6 +33,7 @@ var longAgo = time.Date(2020, 1, 1, 0, 0, 0, 0, time.UTC)
 var gpgHome string
 
 func TestMain(m *testing.M) {
+	dom0.MaybeShim()
 	code := func() int {
 		var err error
 		// The path must be short: gpg puts sockets in it.

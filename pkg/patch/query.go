@@ -79,7 +79,7 @@ func Query(ctx context.Context, d dom0.Dom0, image string, timeout time.Duration
 func startError(err error) error {
 	var start *dom0.StartError
 	if errors.As(err, &start) && (start.Step == "exec" || start.Step == "mount") {
-		text := fmt.Sprintf("the patch cannot be run: %v (is it a program, or does it begin with #! and a program that is there?)", start.Err)
+		text := fmt.Sprintf("the patch cannot be run: %v (a program, or a script whose first line is #! and a program of the host, without a carriage return, is wanted)", start.Err)
 		return xapi.NewError(xapi.InvalidPatch, text).Because(err)
 	}
 	return fmt.Errorf("run info: %w", err)
