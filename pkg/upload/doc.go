@@ -1,0 +1,27 @@
+// Package upload serves what goes over HTTP as bytes and not as calls:
+//
+//	PUT /pool_patch_upload     a signed patch becomes a VDI and a pool_patch
+//	GET /pool_patch_download   the classic patch file of the coordinator
+//	PUT /import_raw_vdi        raw bytes into a VDI, a new or an existing one
+//	GET /export_raw_vdi        the raw bytes of a VDI
+//
+// # Life of a request
+//
+// The caller is known by session, pool secret or Basic. The request runs as a
+// task: the client's own (task_id) or one made here. The work goes on under the
+// task's context, never under the request's: a client that goes away after its
+// last byte changes nothing, task.cancel ends the work even while the client
+// still sends.
+//
+// With task_id the status is 200 at once, before a byte of the body is read, for
+// that is what xe and XenCenter wait for; the outcome is the task's. Without it
+// the status comes after the work, and is true: 201 with the record, or the
+// status of the error (outcomes in reply.go) with {code, params, message}.
+//
+// # What is refused
+//
+// A body that ends before its length says so, but for the length 1 PiB with
+// which xen-api announces a stream of unknown length; a body that stalls; bytes
+// that no trusted key has signed; and everything when there is no room for it. A
+// request that fails leaves nothing. Memory does not grow with the size.
+package upload

@@ -1,0 +1,232 @@
+package upload
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"net/http"
+	"net/url"
+	"os"
+	"time"
+
+	"github.com/gorilla/mux"
+	"github.com/sirupsen/logrus"
+
+	"github.com/patchd/patchd/pkg/dom0"
+	"github.com/patchd/patchd/pkg/patch"
+	"github.com/patchd/patchd/pkg/pool"
+	"github.com/patchd/patchd/pkg/session"
+	"github.com/patchd/patchd/pkg/sr"
+	"github.com/patchd/patchd/pkg/store"
+	"github.com/patchd/patchd/pkg/task"
+	"github.com/patchd/patchd/pkg/xapi"
+)
+
+// Pool is what this package asks of the pool; *pool.Pool is one.
+type Pool interface {
+	// SRCandidates gives what sr.Choose needs.
+	SRCandidates(ctx context.Context) (defaultSR xapi.Ref, cs []sr.Candidate, err error)
+	// Repository gives an SR that is plugged on this host.
+	Repository(ref xapi.Ref) (sr.Repository, error)
+	// NewVDI makes a VDI and fills it; on any failure nothing is left.
+	NewVDI(ctx context.Context, n pool.NewVDI) (xapi.Ref, error)
+	// IntroducePatch writes the record of a patch, to be used in NewVDI.Commit.
+	IntroducePatch(tx *store.Tx, rec pool.Patch) (xapi.Ref, error)
+	// PatchFile opens the classic file of a patch.
+	PatchFile(uuid xapi.UUID) (f *os.File, size int64, err error)
+	// VDIForImport and VDIForExport open the volume of a VDI and keep it from
+	// being destroyed until release.
+	VDIForImport(ctx context.Context, refOrUUID string) (f *os.File, release func(), err error)
+	VDIForExport(ctx context.Context, refOrUUID string) (f *os.File, release func(), err error)
+}
+
+// Sessions tells who a request comes from; *session.Manager is one.
+type Sessions interface {
+	FromRequest(r *http.Request) (*session.Session, func(), error)
+}
+
+// DefaultStall is how long a client may send nothing.
+const DefaultStall = 5 * time.Minute
+
+// Options are what a Handler works with.
+type Options struct {
+	Pool     Pool
+	Store    *store.Store
+	Tasks    *task.Manager
+	Sessions Sessions
+	Dom0     dom0.Dom0
+	Log      logrus.FieldLogger
+
+	// Keys reads the trusted keys; it is asked for every upload.
+	Keys func() (*patch.Keyring, error)
+	// Check holds the pinned digests and the limits of messages.
+	Check patch.Options
+	// InfoTimeout is how long `patch info` may take; 0: 10 s.
+	InfoTimeout time.Duration
+	// Stall is how long a client may send or take nothing; 0: DefaultStall.
+	Stall time.Duration
+	// Linger is how long a body that is no longer wanted is read, so that the
+	// client sees the answer before the connection closes; 0: 2 s.
+	Linger time.Duration
+	// Render gives a record as the API shows it. Nil: as it is stored, without
+	// what is our own.
+	Render func(class string, ref xapi.Ref) (json.RawMessage, error)
+}
+
+// Handler serves the four paths.
+type Handler struct{ Options }
+
+// New makes a Handler.
+func New(o Options) *Handler {
+	if o.Stall <= 0 {
+		o.Stall = DefaultStall
+	}
+	if o.Linger <= 0 {
+		o.Linger = 2 * time.Second
+	}
+	return &Handler{o}
+}
+
+// Routes adds the paths to r, each with and without a slash at its end.
+func (h *Handler) Routes(r *mux.Router) {
+	for _, route := range []struct {
+		method, path string
+		serve        http.HandlerFunc
+	}{
+		{http.MethodPut, "/pool_patch_upload", h.patchUpload},
+		{http.MethodGet, "/pool_patch_download", h.patchDownload},
+		{http.MethodPut, "/import_raw_vdi", h.importRaw},
+		{http.MethodGet, "/export_raw_vdi", h.exportRaw},
+	} {
+		r.HandleFunc(route.path, route.serve).Methods(route.method)
+		r.HandleFunc(route.path+"/", route.serve).Methods(route.method)
+	}
+}
+
+// param is a parameter of the request: a cookie, else in the query.
+func param(r *http.Request, name string) string {
+	if c, err := r.Cookie(name); err == nil && c.Value != "" {
+		if v, err := url.QueryUnescape(c.Value); err == nil {
+			return v
+		}
+		return c.Value
+	}
+	return r.URL.Query().Get(name)
+}
+
+// requestedSR is the ref or uuid of the SR that the client named, or "".
+func requestedSR(r *http.Request) string {
+	if id := param(r, "sr_id"); id != "" {
+		return id
+	}
+	return param(r, "sr_uuid")
+}
+
+// call is one request with its caller and, after begin, its task.
+type call struct {
+	h    *Handler
+	w    http.ResponseWriter
+	r    *http.Request
+	rc   *http.ResponseController
+	name string
+	sess *session.Session
+	log  logrus.FieldLogger
+
+	given  xapi.Ref // task_id, or ""
+	ref    xapi.Ref // the task
+	answer bool     // the status is out
+}
+
+// accept finds out who calls and whether they may. On false the answer is
+// given. done is to be called when the request ends.
+func (h *Handler) accept(w http.ResponseWriter, r *http.Request, name string, need session.Role) (c *call, done func(), ok bool) {
+	c = &call{h: h, w: w, r: r, rc: http.NewResponseController(w), name: name, given: xapi.Ref(param(r, "task_id"))}
+	c.log = h.Log.WithField("request", name)
+	w.Header().Set("Connection", "close")
+	w.Header().Set("Cache-Control", "no-cache, no-store")
+	c.rc.EnableFullDuplex() //nolint:errcheck // not there: the body is read after the status all the same
+
+	sess, release, err := h.Sessions.FromRequest(r)
+	if err != nil {
+		release()
+		if session.HTTPStatus(err) == http.StatusUnauthorized {
+			err = xapi.NewError(xapi.SessionAuthenticationFailed).Because(err)
+			w.Header().Set("WWW-Authenticate", `Basic realm="`+name+`"`)
+		}
+		c.failTask(err)
+		c.refuse(err)
+		return nil, nil, false
+	}
+	c.sess = sess
+	if err := sess.Require(need, "http/"+name); err != nil {
+		c.failTask(err)
+		c.refuse(err)
+		release()
+		return nil, nil, false
+	}
+	return c, release, true
+}
+
+// failTask ends the client's own task, unless it is at work elsewhere.
+func (c *call) failTask(err error) {
+	if c.given == "" {
+		return
+	}
+	if _, aerr := c.h.Tasks.Adopt(c.given); aerr != nil {
+		return // unknown, finished, or driven by another request
+	}
+	if werr := c.h.Tasks.Complete(c.r.Context(), c.given, "", err); werr != nil {
+		c.log.WithError(werr).WithField("task_ref", c.given).Warn("the task of a refused request is not ended")
+	}
+}
+
+// begin takes the client's task or makes one. On false the answer is given.
+func (c *call) begin() bool {
+	if c.given == "" {
+		t, err := c.h.Tasks.Begin(c.r.Context(), task.Spec{
+			Label: c.name, Session: c.sess.Stored, User: c.sess.User, SubtaskOf: xapi.Ref(param(c.r, "subtask_of")),
+		})
+		if err != nil {
+			c.refuse(err)
+			return false
+		}
+		c.ref = t.Ref()
+	} else if err := c.adopt(); err != nil {
+		if rec, gerr := c.h.Tasks.Get(c.given); gerr == nil && rec.Status.Finished() {
+			c.ok() // it was cancelled before: the task says so
+			c.linger()
+			return false
+		}
+		c.refuse(err)
+		return false
+	}
+	c.w.Header().Set("Task-Id", string(c.ref))
+	c.log = c.log.WithField("task_ref", c.ref)
+	return true
+}
+
+// adopt takes over the client's task, which must be its own.
+func (c *call) adopt() error {
+	rec, err := c.h.Tasks.Get(c.given)
+	if err != nil {
+		return err
+	}
+	if !rec.OwnedBy(c.sess.Stored, c.sess.User) && !c.sess.Role.AtLeast(session.PoolAdmin) {
+		return xapi.NewError(xapi.RBACPermissionDenied, "task", "the task belongs to another user")
+	}
+	if _, err := c.h.Tasks.Adopt(c.given); err != nil {
+		return err
+	}
+	c.ref = c.given
+	return nil
+}
+
+// run does the work under the task and gives its outcome. The request's own
+// context plays no part.
+func (c *call) run(f task.Func) (string, error) {
+	result, err := c.h.Tasks.Run(context.WithoutCancel(c.r.Context()), c.ref, f)
+	if err != nil && !errors.Is(err, task.ErrStopping) {
+		c.log.WithError(err).Info("request failed")
+	}
+	return result, err
+}

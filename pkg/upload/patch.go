@@ -1,0 +1,293 @@
+package upload
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"strings"
+	"syscall"
+
+	"github.com/patchd/patchd/pkg/patch"
+	"github.com/patchd/patchd/pkg/pool"
+	"github.com/patchd/patchd/pkg/session"
+	"github.com/patchd/patchd/pkg/sr"
+	"github.com/patchd/patchd/pkg/store"
+	"github.com/patchd/patchd/pkg/task"
+	"github.com/patchd/patchd/pkg/vdi"
+	"github.com/patchd/patchd/pkg/xapi"
+)
+
+const (
+	mib = 1 << 20
+	// headroom is what must be free beyond the bytes that come: the filesystem
+	// around them and the writes of others.
+	headroom = 8 * mib
+	// roomEvery is how many bytes lie between two looks at the room left.
+	roomEvery = 64 * mib
+	copyChunk = 256 << 10
+)
+
+// patchUpload serves PUT /pool_patch_upload.
+func (h *Handler) patchUpload(w http.ResponseWriter, r *http.Request) {
+	c, done, ok := h.accept(w, r, "pool_patch_upload", session.PoolOperator)
+	if !ok {
+		return
+	}
+	defer done()
+	if c.given == "" && (r.ContentLength == 0 || r.ContentLength == unknownLength) {
+		c.ok() // a probe: nothing is made
+		return
+	}
+	if !c.begin() {
+		return
+	}
+	if c.given != "" {
+		c.ok()
+	}
+	var made xapi.Ref
+	_, err := c.run(func(ctx context.Context, t *task.Handle) (result string, err error) {
+		b := c.newBody(ctx, t)
+		defer b.close()
+		u := &patchUpload{h: h, body: b, requested: requestedSR(r)}
+		made, err = u.run(ctx)
+		return "<value>" + string(made) + "</value>", err
+	})
+	if err != nil {
+		c.refuse(err)
+		return
+	}
+	if !c.answer {
+		c.created(pool.ClassPatch, made)
+	}
+}
+
+// created answers 201 with the record.
+func (c *call) created(class string, ref xapi.Ref) {
+	record, err := c.h.render(class, ref)
+	if err != nil {
+		c.refuse(err)
+		return
+	}
+	c.reply(http.StatusCreated, record)
+}
+
+// render gives a record as JSON, with its ref.
+func (h *Handler) render(class string, ref xapi.Ref) (map[string]json.RawMessage, error) {
+	var raw json.RawMessage
+	var err error
+	if h.Render != nil {
+		raw, err = h.Render(class, ref)
+	} else {
+		err = h.Store.View(func(v *store.View) error {
+			it, ok := v.Get(class, ref)
+			if !ok {
+				return xapi.NewError(xapi.HandleInvalid, class, string(ref))
+			}
+			raw = it.Raw
+			return nil
+		})
+	}
+	if err != nil {
+		return nil, err
+	}
+	fields := map[string]json.RawMessage{}
+	if err := json.Unmarshal(raw, &fields); err != nil {
+		return nil, fmt.Errorf("record of %s %s: %w", class, ref, err)
+	}
+	for name := range fields {
+		if strings.HasPrefix(name, "_") {
+			delete(fields, name)
+		}
+	}
+	fields["ref"], _ = json.Marshal(ref)
+	return fields, nil
+}
+
+// patchUpload is one patch on its way from the wire into the pool.
+type patchUpload struct {
+	h         *Handler
+	body      *body
+	requested string // SR
+
+	where   sr.Candidate
+	repo    sr.Repository
+	message *patch.Message
+	info    patch.Info
+	ref     xapi.Ref
+}
+
+// run takes the six steps of an upload and gives the pool_patch.
+//
+// Codes: DEFAULT_SR_NOT_FOUND, SR_NOT_ATTACHED, OUT_OF_SPACE ["SR name (uuid)"],
+// INVALID_PATCH, INVALID_PATCH_WITH_LOG, PATCH_ALREADY_EXISTS [uuid],
+// MESSAGE_TOO_LARGE, TIMEOUT, TASK_CANCELLED.
+func (u *patchUpload) run(ctx context.Context) (xapi.Ref, error) {
+	if err := u.choose(ctx, max(u.body.length, 0)); err != nil {
+		return "", err
+	}
+	keys, err := u.h.Keys()
+	if err != nil {
+		return "", fmt.Errorf("read trusted keys: %w", err)
+	}
+	if u.message, err = patch.Open(u.body, keys, u.h.Check); err != nil {
+		return "", err
+	}
+	length := u.body.length
+	if u.message.Compressed() {
+		length = -1 // the payload may be of any size
+	}
+	size := vdi.Size(length)
+	_, err = u.h.Pool.NewVDI(ctx, pool.NewVDI{
+		SR:          u.where.Ref,
+		VirtualSize: size,
+		VDI: pool.VDI{
+			NameLabel: "Patch", NameDescription: "being uploaded", Type: "user", ReadOnly: true,
+			OtherConfig: map[string]string{},
+		},
+		Fill:   func(ctx context.Context, f *os.File, path string) error { return u.fill(ctx, f, path, size, length) },
+		Commit: u.commit,
+	})
+	if err != nil {
+		return "", u.noRoom(err)
+	}
+	return u.ref, nil
+}
+
+// choose finds the SR and makes sure that need bytes have room on it.
+func (u *patchUpload) choose(ctx context.Context, need int64) error {
+	where, repo, err := u.h.chooseSR(ctx, u.requested)
+	if err != nil {
+		return err
+	}
+	u.where, u.repo = where, repo
+	return u.checkRoom(ctx, need+need/20+headroom)
+}
+
+// chooseSR finds the SR that the client named, or that is right without a name.
+func (h *Handler) chooseSR(ctx context.Context, requested string) (sr.Candidate, sr.Repository, error) {
+	def, candidates, err := h.Pool.SRCandidates(ctx)
+	if err != nil {
+		return sr.Candidate{}, nil, err
+	}
+	ref, err := sr.Choose(requested, def, candidates)
+	if err != nil {
+		return sr.Candidate{}, nil, err
+	}
+	repo, err := h.Pool.Repository(ref)
+	if err != nil {
+		return sr.Candidate{}, nil, err
+	}
+	for _, c := range candidates {
+		if c.Ref == ref {
+			return c, repo, nil
+		}
+	}
+	return sr.Candidate{}, nil, xapi.NewError(xapi.HandleInvalid, pool.ClassSR, string(ref))
+}
+
+func (u *patchUpload) checkRoom(ctx context.Context, need int64) error {
+	st, err := u.repo.Stat(ctx)
+	if err != nil {
+		return fmt.Errorf("room on SR %s: %w", u.where.UUID, err)
+	}
+	if st.Free < need {
+		return outOfSpace(u.where).Because(fmt.Errorf("%d bytes are free, %d are needed", st.Free, need))
+	}
+	return nil
+}
+
+func outOfSpace(c sr.Candidate) *xapi.Error {
+	return xapi.NewError(xapi.OutOfSpace, fmt.Sprintf("%s (%s)", c.Name, c.UUID))
+}
+
+// noRoom gives the error of a full disk its code.
+func (u *patchUpload) noRoom(err error) error { return noRoom(u.where, err) }
+
+func noRoom(where sr.Candidate, err error) error {
+	var coded *xapi.Error
+	full := errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
+	if full && !errors.As(err, &coded) {
+		return outOfSpace(where).Because(err)
+	}
+	return err
+}
+
+// fill streams the payload into the image, checks it and asks it what it is.
+func (u *patchUpload) fill(ctx context.Context, f *os.File, path string, size, expect int64) error {
+	w, err := vdi.NewWriter(ctx, f, size, expect)
+	if err != nil {
+		return err
+	}
+	defer w.Abort()
+	if err := u.stream(ctx, w); err != nil {
+		return u.noRoom(err)
+	}
+	if _, err := w.Finish(ctx); err != nil {
+		return u.noRoom(err)
+	}
+	u.info, err = patch.Query(ctx, u.h.Dom0, path, u.h.InfoTimeout)
+	return err
+}
+
+// stream copies the payload until its signature holds, and watches the room.
+func (u *patchUpload) stream(ctx context.Context, w io.Writer) error {
+	buf := make([]byte, copyChunk)
+	for looked := int64(0); ; {
+		n, err := u.message.Read(buf)
+		if n > 0 {
+			if _, werr := w.Write(buf[:n]); werr != nil {
+				return werr
+			}
+		}
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			return err
+		}
+		if u.message.Size()-looked >= roomEvery {
+			looked = u.message.Size()
+			if err := u.checkRoom(ctx, headroom/2); err != nil {
+				return err
+			}
+		}
+	}
+	if err := u.body.end(); err != nil {
+		var coded *xapi.Error
+		if errors.As(err, &coded) {
+			return err
+		}
+		return xapi.NewError(xapi.InvalidPatch).Because(err)
+	}
+	return nil
+}
+
+// commit writes the record of the patch in the transaction that shows the VDI.
+func (u *patchUpload) commit(tx *store.Tx, ref xapi.Ref) error {
+	sig := u.message.Signature()
+	patchRef, err := u.h.Pool.IntroducePatch(tx, pool.Patch{
+		UUID: u.info.UUID, NameLabel: u.info.NameLabel, NameDescription: u.info.NameDescription,
+		Version: u.info.Version, AfterApplyGuidance: u.info.Guidance,
+		Size: u.body.n, VDI: ref, OtherConfig: map[string]string{},
+		Digest: u.message.Digest(), PayloadSize: u.message.Size(),
+		Signature: sig.Packet, SignatureKind: string(sig.Kind), Signer: sig.Signer,
+		InfoXML: u.info.XML, ScratchSize: u.info.ScratchSize,
+	})
+	if err != nil {
+		return err
+	}
+	u.ref = patchRef
+	var rec pool.VDI
+	if err := tx.Get(pool.ClassVDI, ref, &rec); err != nil {
+		return err
+	}
+	rec.NameLabel = "Patch " + u.info.NameLabel
+	rec.NameDescription = u.info.NameDescription
+	rec.OtherConfig["patchd-patch-uuid"] = string(u.info.UUID)
+	tx.Put(pool.ClassVDI, ref, rec)
+	return nil
+}
