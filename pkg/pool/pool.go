@@ -42,6 +42,9 @@ type Pool struct {
 	// KeepFree is what must stay free on the filesystem that holds path.
 	KeepFree func(path string) int64
 
+	// Local is the agent of this host; set before the first call that needs it.
+	Local LocalHost
+
 	storage Storage
 }
 
@@ -74,6 +77,7 @@ func Indexes() []store.Index {
 		{Class: ClassPatch, Field: "VDI"},
 		{Class: ClassJob, Field: "host"},
 		{Class: ClassJob, Field: "patch"},
+		{Class: ClassJob, Field: "VDI"},
 	}
 }
 
@@ -154,7 +158,7 @@ func softwareVersion(version string) map[string]string {
 	}
 }
 
-// Pool gives the one pool record and its ref.
+// Record gives the one pool record and its ref.
 func (p *Pool) Record() (xapi.Ref, PoolRecord, error) {
 	var ref xapi.Ref
 	var rec PoolRecord
@@ -166,4 +170,43 @@ func (p *Pool) Record() (xapi.Ref, PoolRecord, error) {
 		return fmt.Errorf("the store holds no pool record")
 	})
 	return ref, rec, err
+}
+
+// IsNew tells whether the pool has never had an SR: its first start is not
+// done yet.
+func (p *Pool) IsNew() (bool, error) {
+	_, rec, err := p.Record()
+	if err != nil {
+		return false, err
+	}
+	n := 0
+	err = p.Store.View(func(v *store.View) error {
+		n = v.Count(ClassSR)
+		return nil
+	})
+	return n == 0 && rec.DefaultSR.IsNull() && rec.OtherConfig[keyReady] == "", err
+}
+
+// keyReady in pool.other_config tells that the first start was done once: a
+// pool whose SRs were all removed stays without.
+const keyReady = "patchd-ready"
+
+// SetDefaultSR makes sr the pool's default. Code: HANDLE_INVALID.
+func (p *Pool) SetDefaultSR(ctx context.Context, sr xapi.Ref) error {
+	ref, _, err := p.Record()
+	if err != nil {
+		return err
+	}
+	return p.Store.Update(ctx, func(tx *store.Tx) error {
+		rec, err := store.Read[PoolRecord](tx, ClassPool, ref)
+		if err != nil {
+			return err
+		}
+		if !tx.Has(ClassSR, sr) {
+			return xapi.NewError(xapi.HandleInvalid, ClassSR, string(sr))
+		}
+		rec.DefaultSR, rec.OtherConfig[keyReady] = sr, "true"
+		tx.Put(ClassPool, ref, rec)
+		return nil
+	})
 }

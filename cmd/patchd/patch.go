@@ -1,0 +1,337 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/patchd/patchd/pkg/xapi"
+)
+
+func newPatch(g *global) *cobra.Command {
+	cmd := &cobra.Command{Use: "patch", Short: "build, upload, apply and remove patches"}
+	cmd.AddCommand(
+		newPatchBuild(g), newPatchVerify(g), newPatchUpload(g), newPatchImport(g),
+		newPatchList(g), newPatchShow(g), newPatchPrecheck(g), newPatchApply(g), newPatchPoolApply(g),
+		newPatchClean(g), newPatchPoolClean(g), newPatchDestroy(g), newPatchSettle(g),
+	)
+	return cmd
+}
+
+func newPatchList(g *global) *cobra.Command {
+	return &cobra.Command{
+		Use: "list", Short: "list the patches of the pool", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return g.with(cmd.Context(), func(ctx context.Context, c *client) error {
+				all, err := c.all(ctx, "pool_patch")
+				if err != nil {
+					return err
+				}
+				held, err := c.holders(ctx)
+				if err != nil {
+					return err
+				}
+				return g.printRecords(os.Stdout, all, []column{
+					field("UUID", "uuid"), field("NAME", "name_label"), field("VERSION", "version"), size("SIZE", "size"),
+					{"STORED", func(r record) string { return storedIn(r) }},
+					{"HOSTS", func(r record) string { return held(r) }}, field("GUIDANCE", "after_apply_guidance"),
+				})
+			})
+		},
+	}
+}
+
+// storedIn tells whether a patch has a VDI.
+func storedIn(r record) string {
+	if xapi.Ref(r.text("VDI")).IsNull() {
+		return "-"
+	}
+	return "VDI"
+}
+
+// holders gives a function that tells on which hosts a patch is.
+func (c *client) holders(ctx context.Context) (func(r record) string, error) {
+	hostPatches, err := c.all(ctx, "host_patch")
+	if err != nil {
+		return nil, err
+	}
+	hosts, err := c.all(ctx, "host")
+	if err != nil {
+		return nil, err
+	}
+	return func(r record) string {
+		refs, _ := r["host_patches"].([]any)
+		var names []string
+		for _, ref := range refs {
+			hp := hostPatches[fmt.Sprint(ref)]
+			name := hosts[hp.text("host")].text("name_label")
+			if applied, _ := hp["applied"].(bool); !applied {
+				name += " (" + stateOf(hp) + ")"
+			}
+			names = append(names, name)
+		}
+		return strings.Join(names, ", ")
+	}, nil
+}
+
+func stateOf(hp record) string {
+	config, _ := hp["other_config"].(map[string]any)
+	if s, ok := config["patchd-state"].(string); ok {
+		return s
+	}
+	return "in progress"
+}
+
+func newPatchShow(g *global) *cobra.Command {
+	return showCommand(g, "pool_patch", "show one patch")
+}
+
+func newPatchUpload(g *global) *cobra.Command {
+	var srName string
+	cmd := &cobra.Command{
+		Use: "upload FILE", Short: "stream a signed patch into a VDI of the pool", Args: cobra.ExactArgs(1),
+		Long: "Streams a signed patch into a fresh VDI: on --sr, else on the pool's default SR, else on an SR of the\n" +
+			"coordinator that can clone. Prints the patch's uuid. A FILE of - is the standard input.",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return g.with(cmd.Context(), func(ctx context.Context, c *client) error {
+				rec, err := c.upload(ctx, args[0], srName)
+				if err != nil {
+					return fmt.Errorf("upload of %s: %w", args[0], explain(ctx, c, err))
+				}
+				if g.json() {
+					return printJSON(os.Stdout, rec)
+				}
+				fmt.Println(rec.text("uuid"))
+				return nil
+			})
+		},
+	}
+	cmd.Flags().StringVar(&srName, "sr", "", "SR (uuid or name) to put it on; there is no fallback then")
+	return cmd
+}
+
+// upload PUTs a file and gives the record of the patch.
+func (c *client) upload(ctx context.Context, path, srName string) (record, error) {
+	in, length, err := openInput(path)
+	if err != nil {
+		return nil, err
+	}
+	defer in.Close()
+	query := url.Values{}
+	if srName != "" {
+		ref, _, err := c.find(ctx, "SR", srName)
+		if err != nil {
+			return nil, err
+		}
+		query.Set("sr_id", ref)
+	}
+	b := newBar(filepath.Base(path), max(length, 0))
+	defer b.done()
+	req, err := http.NewRequestWithContext(ctx, http.MethodPut, c.base+"/pool_patch_upload?"+query.Encode(), &meter{in, b})
+	if err != nil {
+		return nil, err
+	}
+	req.ContentLength = length
+	req.Header.Set("Expect", "100-continue")
+	req.AddCookie(&http.Cookie{Name: "session_id", Value: c.session})
+	res, err := c.http.Do(req)
+	if err != nil {
+		if ctx.Err() != nil {
+			return nil, errors.New("interrupted: nothing was stored")
+		}
+		return nil, unreachableError{err}
+	}
+	defer res.Body.Close()
+	return decodeUpload(res)
+}
+
+func decodeUpload(res *http.Response) (record, error) {
+	b, err := io.ReadAll(io.LimitReader(res.Body, 1<<20))
+	if err != nil {
+		return nil, err
+	}
+	if res.StatusCode == http.StatusCreated {
+		rec := record{}
+		return rec, json.Unmarshal(b, &rec)
+	}
+	var fail struct {
+		Code   string   `json:"code"`
+		Params []string `json:"params"`
+	}
+	if json.Unmarshal(b, &fail) == nil && fail.Code != "" {
+		return nil, xapi.NewError(fail.Code, fail.Params...)
+	}
+	return nil, fmt.Errorf("the server answers %s: %.200s", res.Status, b)
+}
+
+// openInput opens a file, or the standard input, whose length is unknown.
+func openInput(path string) (io.ReadCloser, int64, error) {
+	if path == "-" {
+		return io.NopCloser(os.Stdin), -1, nil
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, 0, err
+	}
+	st, err := f.Stat()
+	if err != nil {
+		f.Close()
+		return nil, 0, err
+	}
+	if !st.Mode().IsRegular() {
+		return f, -1, nil
+	}
+	if st.Size() == 0 {
+		f.Close()
+		return nil, 0, fmt.Errorf("%s is empty", path)
+	}
+	return f, st.Size(), nil
+}
+
+// meter shows in a bar what is read through it.
+type meter struct {
+	io.Reader
+	bar *bar
+}
+
+func (m *meter) Read(p []byte) (int, error) {
+	n, err := m.Reader.Read(p)
+	m.bar.add(n)
+	return n, err
+}
+
+func newPatchImport(g *global) *cobra.Command {
+	return &cobra.Command{
+		Use: "import PATH", Short: "take up a classic patch file that lies on the coordinator", Args: cobra.ExactArgs(1),
+		Long: "Makes a record for a signed patch file in the coordinator's patch-dir, or copies the file there first.\n" +
+			"Such a patch is applied from the file; `patchd patch upload` is the way for new patches.",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			path, err := filepath.Abs(args[0])
+			if err != nil {
+				return err
+			}
+			return g.with(cmd.Context(), func(ctx context.Context, c *client) error {
+				ref, err := c.async(ctx, "import", "patchd.patch_import", path)
+				if err != nil {
+					return fmt.Errorf("import of %s: %w", path, explain(ctx, c, err))
+				}
+				var uuid string
+				if err := c.call(ctx, &uuid, "pool_patch.get_uuid", ref); err != nil {
+					return err
+				}
+				return g.printText("uuid", uuid)
+			})
+		},
+	}
+}
+
+// hostCommand does something with a patch on a host; the only host of a pool
+// need not be named.
+func hostCommand(g *global, use, short string, f func(ctx context.Context, c *client, patch, host string, rec record) error) *cobra.Command {
+	return &cobra.Command{
+		Use: use + " PATCH [HOST]", Short: short, Args: cobra.RangeArgs(1, 2), ValidArgsFunction: g.complete("pool_patch"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return g.with(cmd.Context(), func(ctx context.Context, c *client) error {
+				patch, rec, err := c.find(ctx, "pool_patch", args[0])
+				if err != nil {
+					return err
+				}
+				name := ""
+				if len(args) == 2 {
+					name = args[1]
+				}
+				host, hostRec, err := c.hostOrOnly(ctx, name)
+				if err != nil {
+					return err
+				}
+				if err := f(ctx, c, patch, host, rec); err != nil {
+					return fmt.Errorf("%s of patch %s (%s) on host %s (%s): %w", use, rec.text("name_label"), rec.text("uuid"),
+						hostRec.text("name_label"), hostRec.text("uuid"), explain(ctx, c, err))
+				}
+				return nil
+			})
+		},
+	}
+}
+
+func newPatchPrecheck(g *global) *cobra.Command {
+	return hostCommand(g, "precheck", "run a patch's precheck on a host", func(ctx context.Context, c *client, patch, host string, _ record) error {
+		text, err := c.async(ctx, "precheck", "pool_patch.precheck", patch, host)
+		if err != nil {
+			return err
+		}
+		return g.printText("output", text)
+	})
+}
+
+func newPatchApply(g *global) *cobra.Command {
+	return hostCommand(g, "apply", "apply a patch to a host", func(ctx context.Context, c *client, patch, host string, rec record) error {
+		text, err := c.async(ctx, "apply", "pool_patch.apply", patch, host)
+		if err != nil {
+			return err
+		}
+		if g.json() {
+			return printJSON(os.Stdout, map[string]any{"output": text, "guidance": rec["after_apply_guidance"]})
+		}
+		if guidance := rec.text("after_apply_guidance"); guidance != "" {
+			fmt.Fprintln(os.Stderr, "applied; it asks for: "+guidance)
+		}
+		return g.printText("output", text)
+	})
+}
+
+func newPatchPoolApply(g *global) *cobra.Command {
+	return objectCommand(g, "pool_patch", "pool-apply PATCH", "apply a patch to every host that lacks it",
+		func(ctx context.Context, c *client, ref string, _ record) error {
+			_, err := c.async(ctx, "pool-apply", "pool_patch.pool_apply", ref)
+			return err
+		})
+}
+
+const deprecation = "deprecated: %s is kept for old scripts; `patchd vdi destroy` frees the room of a patch\n"
+
+func newPatchClean(g *global) *cobra.Command {
+	return hostCommand(g, "clean", "remove a patch's file from a host's dom0 (deprecated; does nothing for a patch in a VDI)",
+		func(ctx context.Context, c *client, patch, host string, _ record) error {
+			fmt.Fprintf(os.Stderr, deprecation, "clean")
+			return c.call(ctx, nil, "pool_patch.clean_on_host", patch, host)
+		})
+}
+
+func newPatchPoolClean(g *global) *cobra.Command {
+	return objectCommand(g, "pool_patch", "pool-clean PATCH", "remove a patch's file and VDI, keep its record (deprecated)",
+		func(ctx context.Context, c *client, ref string, _ record) error {
+			fmt.Fprintf(os.Stderr, deprecation, "pool-clean")
+			return c.call(ctx, nil, "pool_patch.pool_clean", ref)
+		})
+}
+
+func newPatchDestroy(g *global) *cobra.Command {
+	return objectCommand(g, "pool_patch", "destroy PATCH", "remove a patch that no host has: file, VDI and record",
+		func(ctx context.Context, c *client, ref string, _ record) error {
+			return c.call(ctx, nil, "pool_patch.destroy", ref)
+		})
+}
+
+func newPatchSettle(g *global) *cobra.Command {
+	var applied, not bool
+	cmd := hostCommand(g, "settle", "say how an apply ended whose outcome is unknown",
+		func(ctx context.Context, c *client, patch, host string, _ record) error {
+			if applied == not {
+				return usagef("say either --applied or --not-applied")
+			}
+			return c.call(ctx, nil, "patchd.patch_settle", patch, host, applied)
+		})
+	cmd.Flags().BoolVar(&applied, "applied", false, "the host has the patch")
+	cmd.Flags().BoolVar(&not, "not-applied", false, "the host does not have the patch")
+	return cmd
+}

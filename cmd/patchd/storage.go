@@ -1,0 +1,203 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/patchd/patchd/pkg/xapi"
+)
+
+func newSR(g *global) *cobra.Command {
+	cmd := &cobra.Command{Use: "sr", Short: "storage repositories"}
+	cmd.AddCommand(
+		newSRCreate(g),
+		&cobra.Command{
+			Use: "list", Short: "list the SRs", Args: cobra.NoArgs,
+			RunE: func(cmd *cobra.Command, _ []string) error { return g.with(cmd.Context(), g.listSRs) },
+		},
+		showCommand(g, "SR", "show one SR"),
+		objectCommand(g, "SR", "scan SR", "look for disk images that have no record", func(ctx context.Context, c *client, ref string, _ record) error {
+			_, err := c.async(ctx, "scan", "SR.scan", ref)
+			return err
+		}),
+		objectCommand(g, "SR", "destroy SR", "remove an SR that holds no disk image", destroySR),
+		objectCommand(g, "SR", "set-default SR", "make an SR the one that patches are put on", func(ctx context.Context, c *client, ref string, _ record) error {
+			pools, err := c.all(ctx, "pool")
+			if err != nil {
+				return err
+			}
+			for pool := range pools {
+				return c.call(ctx, nil, "pool.set_default_SR", pool, ref)
+			}
+			return nil
+		}),
+	)
+	return cmd
+}
+
+func (g *global) listSRs(ctx context.Context, c *client) error {
+	all, err := c.all(ctx, "SR")
+	if err != nil {
+		return err
+	}
+	pools, err := c.all(ctx, "pool")
+	if err != nil {
+		return err
+	}
+	pbds, err := c.all(ctx, "PBD")
+	if err != nil {
+		return err
+	}
+	plugged := map[string]bool{}
+	for _, p := range pbds {
+		if on, _ := p["currently_attached"].(bool); on {
+			plugged[p.text("SR")] = true
+		}
+	}
+	for ref, rec := range all {
+		rec["plugged"], rec["default"] = plugged[ref], false
+		for _, p := range pools {
+			rec["default"] = p.text("default_SR") == ref
+		}
+	}
+	return g.printRecords(os.Stdout, all, []column{
+		field("UUID", "uuid"), field("NAME", "name_label"), field("TYPE", "type"), size("SIZE", "physical_size"),
+		size("USED", "physical_utilisation"), field("PLUGGED", "plugged"), field("DEFAULT", "default"),
+	})
+}
+
+func newSRCreate(g *global) *cobra.Command {
+	var name, typ, description, host string
+	var device []string
+	cmd := &cobra.Command{
+		Use: "create", Short: "make an SR and plug it", Args: cobra.NoArgs,
+		Example: "  patchd sr create --name scratch --device-config location=/srv/patches",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			config := map[string]string{}
+			for _, d := range device {
+				k, v, ok := strings.Cut(d, "=")
+				if !ok {
+					return usagef("--device-config: %q is not key=value", d)
+				}
+				config[k] = v
+			}
+			return g.with(cmd.Context(), func(ctx context.Context, c *client) error {
+				hostRef, _, err := c.hostOrOnly(ctx, host)
+				if err != nil {
+					return err
+				}
+				ref, err := c.async(ctx, "create", "SR.create", hostRef, config, "0", name, description, typ, "user", false, map[string]string{})
+				if err != nil {
+					return fmt.Errorf("create SR %s: %w", name, explain(ctx, c, err))
+				}
+				var uuid string
+				if err := c.call(ctx, &uuid, "SR.get_uuid", ref); err != nil {
+					return err
+				}
+				return g.printText("uuid", uuid)
+			})
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&name, "name", "", "name of the SR")
+	f.StringVar(&typ, "type", "file", "kind of storage")
+	f.StringVar(&description, "description", "", "description")
+	f.StringVar(&host, "host", "", "host it is on; not needed where there is one")
+	f.StringSliceVar(&device, "device-config", nil, "key=value of the driver; for file: location=FOLDER")
+	if err := cmd.MarkFlagRequired("name"); err != nil {
+		panic(err) // the flag is defined three lines above
+	}
+	return cmd
+}
+
+// destroySR unplugs and destroys.
+func destroySR(ctx context.Context, c *client, ref string, rec record) error {
+	if images, _ := rec["VDIs"].([]any); len(images) > 0 {
+		return fmt.Errorf("SR %s (%s) holds %d disk images: destroy them first (`patchd vdi list`)", rec.text("name_label"), rec.text("uuid"), len(images))
+	}
+	pbds, _ := rec["PBDs"].([]any)
+	for _, p := range pbds {
+		if err := c.call(ctx, nil, "PBD.unplug", p); err != nil {
+			return err
+		}
+	}
+	return c.call(ctx, nil, "SR.destroy", ref)
+}
+
+func newVDI(g *global) *cobra.Command {
+	cmd := &cobra.Command{Use: "vdi", Short: "disk images"}
+	cmd.AddCommand(
+		&cobra.Command{
+			Use: "list", Short: "list the disk images", Args: cobra.NoArgs,
+			RunE: func(cmd *cobra.Command, _ []string) error { return g.with(cmd.Context(), g.listVDIs) },
+		},
+		showCommand(g, "VDI", "show one disk image"),
+		newVDICopy(g),
+		objectCommand(g, "VDI", "clone VDI", "clone a disk image inside its SR", func(ctx context.Context, c *client, ref string, _ record) error {
+			return g.printNewVDI(ctx, c, "clone", "VDI.clone", ref, map[string]string{})
+		}),
+		objectCommand(g, "VDI", "destroy VDI", "remove a disk image; a patch in it keeps its record", func(ctx context.Context, c *client, ref string, _ record) error {
+			_, err := c.async(ctx, "destroy", "VDI.destroy", ref)
+			return err
+		}),
+	)
+	return cmd
+}
+
+func (g *global) listVDIs(ctx context.Context, c *client) error {
+	all, err := c.all(ctx, "VDI")
+	if err != nil {
+		return err
+	}
+	srs, err := c.all(ctx, "SR")
+	if err != nil {
+		return err
+	}
+	patches, err := c.all(ctx, "pool_patch")
+	if err != nil {
+		return err
+	}
+	owner := map[string]string{}
+	for _, p := range patches {
+		owner[p.text("VDI")] = p.text("name_label")
+	}
+	for ref, rec := range all {
+		rec["sr_name"], rec["patch"] = srs[rec.text("SR")].text("name_label"), owner[ref]
+	}
+	return g.printRecords(os.Stdout, all, []column{
+		field("UUID", "uuid"), field("NAME", "name_label"), field("SR", "sr_name"), size("SIZE", "virtual_size"),
+		size("USED", "physical_utilisation"), field("PATCH", "patch"),
+	})
+}
+
+func newVDICopy(g *global) *cobra.Command {
+	var srName string
+	cmd := objectCommand(g, "VDI", "copy VDI", "copy a disk image to an SR", func(ctx context.Context, c *client, ref string, rec record) error {
+		target := rec.text("SR")
+		if srName != "" {
+			var err error
+			if target, _, err = c.find(ctx, "SR", srName); err != nil {
+				return err
+			}
+		}
+		return g.printNewVDI(ctx, c, "copy", "VDI.copy", ref, target, string(xapi.NullRef), string(xapi.NullRef))
+	})
+	cmd.Flags().StringVar(&srName, "sr", "", "SR to copy to; default: the one it is on")
+	return cmd
+}
+
+func (g *global) printNewVDI(ctx context.Context, c *client, name, method string, params ...any) error {
+	ref, err := c.async(ctx, name, method, params...)
+	if err != nil {
+		return err
+	}
+	var uuid string
+	if err := c.call(ctx, &uuid, "VDI.get_uuid", ref); err != nil {
+		return err
+	}
+	return g.printText("uuid", uuid)
+}

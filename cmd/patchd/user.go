@@ -1,0 +1,103 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+)
+
+func newUser(g *global) *cobra.Command {
+	cmd := &cobra.Command{Use: "user", Short: "users of the pool and their roles"}
+	cmd.AddCommand(
+		newUserAdd(g), newUserList(g),
+		userCommand(g, "passwd NAME", "give a user a new password; their sessions end", func(ctx context.Context, c *client, name string) error {
+			password, err := newPassword()
+			if err != nil {
+				return err
+			}
+			return c.call(ctx, nil, "patchd.user_passwd", name, password)
+		}),
+		userCommand(g, "remove NAME", "remove a user; their sessions end", func(ctx context.Context, c *client, name string) error {
+			return c.call(ctx, nil, "patchd.user_remove", name)
+		}),
+	)
+	return cmd
+}
+
+func userCommand(g *global, use, short string, f func(ctx context.Context, c *client, name string) error) *cobra.Command {
+	return &cobra.Command{
+		Use: use, Short: short, Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return g.with(cmd.Context(), func(ctx context.Context, c *client) error { return f(ctx, c, args[0]) })
+		},
+	}
+}
+
+func newUserAdd(g *global) *cobra.Command {
+	role := "read-only"
+	cmd := userCommand(g, "add NAME", "add a user", func(ctx context.Context, c *client, name string) error {
+		password, err := newPassword()
+		if err != nil {
+			return err
+		}
+		return c.call(ctx, nil, "patchd.user_add", name, password, role)
+	})
+	cmd.Flags().StringVar(&role, "role", role, "pool-admin, pool-operator or read-only")
+	return cmd
+}
+
+func newUserList(g *global) *cobra.Command {
+	return &cobra.Command{
+		Use: "list", Short: "list the users", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return g.with(cmd.Context(), func(ctx context.Context, c *client) error {
+				var users []map[string]string
+				if err := c.call(ctx, &users, "patchd.user_list"); err != nil {
+					return err
+				}
+				if g.json() {
+					return printJSON(os.Stdout, users)
+				}
+				rows := make([][]string, len(users))
+				for i, u := range users {
+					rows[i] = []string{u["name"], u["role"], u["created"]}
+				}
+				printTable(os.Stdout, []string{"NAME", "ROLE", "CREATED"}, rows)
+				return nil
+			})
+		},
+	}
+}
+
+// newPassword asks twice on a terminal, else reads one line of the standard input.
+func newPassword() (string, error) {
+	if !term.IsTerminal(int(os.Stdin.Fd())) {
+		line, err := bufio.NewReader(io.LimitReader(os.Stdin, 4096)).ReadString('\n')
+		if err != nil && !errors.Is(err, io.EOF) {
+			return "", err
+		}
+		if line = strings.TrimRight(line, "\r\n"); line == "" {
+			return "", usagef("the password is read from the standard input, which is empty")
+		}
+		return line, nil
+	}
+	first, err := askPassword("New password: ")
+	if err != nil {
+		return "", err
+	}
+	second, err := askPassword("Once more: ")
+	if err != nil {
+		return "", err
+	}
+	if first != second {
+		return "", fmt.Errorf("the two passwords differ: nothing was changed")
+	}
+	return first, nil
+}

@@ -1,0 +1,265 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/sirupsen/logrus"
+
+	"github.com/patchd/patchd/pkg/dom0"
+	"github.com/patchd/patchd/pkg/pool"
+	"github.com/patchd/patchd/pkg/xapi"
+)
+
+// Coordinator is what a host needs of the pool's coordinator. *pool.Pool is
+// one; across hosts it is spoken over the network.
+type Coordinator interface {
+	Jobs(host xapi.Ref) (jobs []pool.Assignment, rev int64, err error)
+	WaitChange(ctx context.Context, rev int64) error
+	JobByUUID(id xapi.UUID) (xapi.Ref, pool.Job, bool)
+	JobClaim(ctx context.Context, job xapi.Ref) (attempt int64, err error)
+	JobReport(ctx context.Context, job xapi.Ref, progress float64, tail string) error
+	JobRequeue(ctx context.Context, job xapi.Ref) error
+	JobFinish(ctx context.Context, job xapi.Ref, o pool.Outcome) error
+	PatchFile(uuid xapi.UUID) (*os.File, int64, error)
+	Resync(ctx context.Context, host xapi.Ref, stamps []pool.Stamp) error
+	MessageCreate(ctx context.Context, name string, priority int64, cls string, obj xapi.UUID, body string) (xapi.Ref, error)
+}
+
+// Storage gives the repositories plugged on this host.
+type Storage interface {
+	AttachedSRs() ([]pool.AttachedSR, error)
+}
+
+// Options is what an agent works with.
+type Options struct {
+	Coordinator Coordinator
+	Storage     Storage
+	Dom0        dom0.Dom0
+	Log         logrus.FieldLogger
+
+	Self     xapi.Ref
+	SelfUUID xapi.UUID
+	PoolUUID xapi.UUID
+
+	JobsDir  string // the journal
+	PatchDir string
+	KeysDir  string
+	Pinned   []string // SHA-256 of unsigned files that are allowed
+	// Runner is the command line that runs RunRunner; the journal folder is
+	// appended.
+	Runner   []string
+	Timeouts Timeouts
+	Now      func() time.Time
+	// MaxCleartext bounds clear-signed files, in bytes; 0: the default.
+	MaxCleartext int64
+}
+
+// Agent carries out the jobs of one host.
+type Agent struct {
+	Options
+	journal journal
+	checks  checks
+
+	mu      sync.Mutex
+	running map[xapi.UUID]*execution
+	wg      sync.WaitGroup
+	// One apply at a time: two patches that change one host at once cannot
+	// know of each other.
+	applying  chan struct{}
+	prechecks chan struct{}
+	wake      chan struct{} // a job has left this process: look again
+}
+
+// maxPrechecks is how many prechecks may run at once on this host.
+const maxPrechecks = 4
+
+// New makes an agent; nothing happens before Recover and Run.
+func New(o Options) *Agent {
+	if o.Timeouts == (Timeouts{}) {
+		o.Timeouts = DefaultTimeouts
+	}
+	if o.Now == nil {
+		o.Now = time.Now
+	}
+	return &Agent{
+		Options: o, journal: journal{o.JobsDir}, running: map[xapi.UUID]*execution{},
+		applying: make(chan struct{}, 1), prechecks: make(chan struct{}, maxPrechecks), wake: make(chan struct{}, 1),
+	}
+}
+
+// Run takes the jobs of this host, by watch, until ctx ends. Runners go on
+// after that; whatever was being prepared is undone.
+func (a *Agent) Run(ctx context.Context) error {
+	defer a.wg.Wait()
+	for {
+		jobs, rev, err := a.Coordinator.Jobs(a.Self)
+		if err != nil {
+			return err
+		}
+		for _, j := range jobs {
+			a.see(ctx, j)
+		}
+		if err := a.wait(ctx, rev); err != nil {
+			if ctx.Err() != nil {
+				return nil
+			}
+			return err
+		}
+	}
+}
+
+// wait blocks until the records are newer than rev or an execution has ended.
+func (a *Agent) wait(ctx context.Context, rev int64) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	changed := make(chan error, 1)
+	go func() { changed <- a.Coordinator.WaitChange(ctx, rev) }()
+	select {
+	case err := <-changed:
+		return err
+	case <-a.wake:
+		cancel()
+		<-changed
+		return nil
+	}
+}
+
+// see begins a job that is new and cancels one that is no longer wanted.
+func (a *Agent) see(ctx context.Context, j pool.Assignment) {
+	a.mu.Lock()
+	e, ok := a.running[j.Job.UUID]
+	a.mu.Unlock()
+	if ok {
+		if j.Job.Cancel {
+			e.cancel(xapi.NewError(xapi.TaskCancelled, string(j.Job.Task.OrNull())))
+		}
+		return
+	}
+	if j.Job.State != pool.JobQueued {
+		return // an earlier attempt that Recover has to settle
+	}
+	a.start(ctx, j.Job.UUID, func(e *execution) { e.work(j) })
+}
+
+// start runs f for one job in a goroutine that Run waits for.
+func (a *Agent) start(ctx context.Context, id xapi.UUID, f func(e *execution)) {
+	e := &execution{agent: a, id: id, stop: ctx}
+	e.ctx, e.cancel = context.WithCancelCause(ctx)
+	a.mu.Lock()
+	a.running[id] = e
+	a.mu.Unlock()
+	a.wg.Add(1)
+	go func() {
+		defer a.wg.Done()
+		defer func() {
+			a.mu.Lock()
+			delete(a.running, id)
+			a.mu.Unlock()
+			e.cancel(nil)
+			select {
+			case a.wake <- struct{}{}:
+			default:
+			}
+		}()
+		f(e)
+	}()
+}
+
+// ResyncStamps compares this host's stampfiles with the records.
+func (a *Agent) ResyncStamps(ctx context.Context) error {
+	stamps, bad, err := readStamps(a.PatchDir)
+	if err != nil {
+		return err
+	}
+	for name, err := range bad {
+		a.Log.WithError(err).WithField("stampfile", name).Warn("a stampfile makes no sense and is passed over")
+	}
+	return a.Coordinator.Resync(ctx, a.Self, stamps)
+}
+
+// Settle writes or removes the stampfile of a patch whose outcome an admin has
+// told.
+func (a *Agent) Settle(patch pool.Patch, applied bool) error {
+	if applied {
+		return writeStamp(a.PatchDir, patch.UUID, patch.InfoXML)
+	}
+	return removeStamp(a.PatchDir, patch.UUID)
+}
+
+// Recover settles what an earlier process of this host left: it ends, follows
+// or undoes each journaled job, and the queued jobs that nothing was done for.
+// It is called once, before Run, with the storage attached. Following goes on
+// in the background until ctx ends.
+func (a *Agent) Recover(ctx context.Context) error {
+	entries, err := a.journal.entries()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	known := map[xapi.UUID]bool{}
+	for _, e := range entries {
+		known[e.uuid()] = true
+		errs = append(errs, a.recoverEntry(ctx, e))
+	}
+	jobs, _, err := a.Coordinator.Jobs(a.Self)
+	errs = append(errs, err)
+	for _, j := range jobs {
+		if !known[j.Job.UUID] {
+			errs = append(errs, a.recoverUnjournaled(ctx, j))
+		}
+	}
+	errs = append(errs, a.killStrangers(ctx, known))
+	return errors.Join(errs...)
+}
+
+func (a *Agent) recoverEntry(ctx context.Context, entry Entry) error {
+	alive, err := a.Dom0.Alive(runnerGroup(entry.uuid()))
+	if err != nil {
+		return err
+	}
+	if alive {
+		a.Log.WithField("job", entry.uuid()).Info("a runner is still at work: following it")
+		a.start(ctx, entry.uuid(), func(e *execution) { e.follow(entry) })
+		return nil
+	}
+	e := &execution{agent: a, id: entry.uuid(), ctx: ctx, stop: ctx, cancel: func(error) {}}
+	return e.settle(entry)
+}
+
+// recoverUnjournaled sees to a job for which this host did nothing yet.
+func (a *Agent) recoverUnjournaled(ctx context.Context, j pool.Assignment) error {
+	if j.Job.Resumes && j.Job.State == pool.JobQueued {
+		return nil
+	}
+	return a.Coordinator.JobFinish(ctx, j.Ref, pool.Outcome{Err: interrupted(j.Job)})
+}
+
+func interrupted(j pool.Job) *xapi.Error {
+	return xapi.NewError(xapi.InternalError,
+		"the "+string(j.Kind)+" was interrupted by a restart of patchd before it began; ask for it again")
+}
+
+// killStrangers ends control groups of jobs that no journal knows: their
+// folder went before the group did.
+func (a *Agent) killStrangers(ctx context.Context, known map[xapi.UUID]bool) error {
+	groups, err := a.Dom0.Groups()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, g := range groups {
+		for _, prefix := range []string{"runner-", "patch-"} {
+			if len(g) != len(prefix)+36 || g[:len(prefix)] != prefix {
+				continue
+			}
+			if id := xapi.UUID(g[len(prefix):]); id.Valid() && !known[id] {
+				errs = append(errs, a.Dom0.Kill(ctx, g, a.Timeouts.Grace))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}

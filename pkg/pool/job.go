@@ -1,0 +1,423 @@
+package pool
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/patchd/patchd/pkg/store"
+	"github.com/patchd/patchd/pkg/task"
+	"github.com/patchd/patchd/pkg/xapi"
+)
+
+// JobKind says what a host is to do with a patch.
+type JobKind string
+
+// The kinds of a job.
+const (
+	JobPrecheck JobKind = "precheck"
+	JobApply    JobKind = "apply"
+)
+
+// JobState is how far a job has come.
+type JobState string
+
+// The states of a job, in their order. Before a job is claimed nothing of the
+// patch's precheck or apply has run; afterwards something may have.
+const (
+	JobQueued  JobState = "queued"
+	JobClaimed JobState = "claimed"
+	JobDone    JobState = "done"
+)
+
+// Job is work for one host (class job, never on the wire). The record is the
+// truth: whoever asked may go away, and the host may die and come back.
+type Job struct {
+	UUID      xapi.UUID `json:"uuid"`
+	Kind      JobKind   `json:"kind"`
+	Patch     xapi.Ref  `json:"patch"`
+	Host      xapi.Ref  `json:"host"`
+	HostPatch xapi.Ref  `json:"host_patch,omitempty"`
+	Task      xapi.Ref  `json:"task,omitempty"`
+	// VDI is the golden image the job reads, for as long as it is not done.
+	VDI   xapi.Ref `json:"VDI,omitempty"`
+	State JobState `json:"state"`
+	// Attempt counts the claims; an agent never acts on a lower one than it has seen.
+	Attempt int64 `json:"attempt"`
+	// Resumes tells that the job starts again when it was interrupted before
+	// its claim; otherwise it is undone.
+	Resumes bool `json:"resumes,omitempty"`
+	Cancel  bool `json:"cancel,omitempty"`
+
+	Created  time.Time `json:"created"`
+	Finished time.Time `json:"finished"`
+
+	Progress float64 `json:"progress,omitempty"` // 0 to 1
+	Tail     string  `json:"tail,omitempty"`     // the last output so far
+
+	// Output and Error are the outcome: Error is empty on success, else the
+	// code and its parameters.
+	Output string   `json:"output,omitempty"`
+	Error  []string `json:"error,omitempty"`
+}
+
+// Err is the failure of a job that is done, or nil.
+func (j Job) Err() error {
+	if len(j.Error) == 0 {
+		return nil
+	}
+	return xapi.NewError(j.Error[0], j.Error[1:]...)
+}
+
+// Assignment is a job with all that a host must know to carry it out.
+type Assignment struct {
+	Ref      xapi.Ref  `json:"ref"`
+	Job      Job       `json:"job"`
+	PatchRef xapi.Ref  `json:"patch_ref"`
+	Patch    Patch     `json:"patch"`
+	VDI      *VDI      `json:"vdi,omitempty"` // nil: the patch has no VDI, or it dangles
+	VDIRef   xapi.Ref  `json:"vdi_ref,omitempty"`
+	Pool     xapi.UUID `json:"pool"`
+	Host     xapi.UUID `json:"host"`
+}
+
+// Outcome is what a host reports of a job at its end.
+type Outcome struct {
+	Output string // what the verb printed, capped
+	Err    *xapi.Error
+	// Unknown: `apply` was begun and how it ended cannot be learned.
+	Unknown bool
+	// Settled: an outcome that was found at start, not now.
+	At time.Time
+}
+
+// Jobs lists the open assignments of a host, oldest first, and the revision
+// they were read at. WaitChange(rev) blocks until something may have changed.
+func (p *Pool) Jobs(host xapi.Ref) (jobs []Assignment, rev int64, err error) {
+	err = p.Store.View(func(v *store.View) error {
+		rev = v.Revision()
+		for _, ref := range v.Refs(ClassJob, "host", string(host)) {
+			job, err := store.Get[Job](v, ClassJob, ref)
+			if err != nil {
+				return err
+			}
+			if job.State == JobDone {
+				continue
+			}
+			a, err := p.assignment(v, ref, job)
+			if err != nil {
+				return err
+			}
+			jobs = append(jobs, a)
+		}
+		return nil
+	})
+	return jobs, rev, err
+}
+
+func (p *Pool) assignment(v *store.View, ref xapi.Ref, job Job) (Assignment, error) {
+	a := Assignment{Ref: ref, Job: job, PatchRef: job.Patch, Pool: p.PoolUUID}
+	host, err := store.Get[Host](v, ClassHost, job.Host)
+	if err != nil {
+		return a, err
+	}
+	a.Host = host.UUID
+	if a.Patch, err = store.Get[Patch](v, ClassPatch, job.Patch); err != nil {
+		return a, err
+	}
+	if vdi, err := store.Get[VDI](v, ClassVDI, a.Patch.VDI); err == nil {
+		a.VDI, a.VDIRef = &vdi, a.Patch.VDI
+	}
+	return a, nil
+}
+
+// WaitChange blocks until the records are newer than rev.
+func (p *Pool) WaitChange(ctx context.Context, rev int64) error { return p.Store.Wait(ctx, rev) }
+
+// Job gives one job.
+func (p *Pool) Job(ref xapi.Ref) (job Job, err error) {
+	err = p.Store.View(func(v *store.View) error {
+		job, err = store.Get[Job](v, ClassJob, ref)
+		return err
+	})
+	return job, err
+}
+
+// JobByUUID finds a job by its uuid; ok is false when there is none.
+func (p *Pool) JobByUUID(id xapi.UUID) (ref xapi.Ref, job Job, ok bool) {
+	p.Store.View(func(v *store.View) error {
+		it, found := v.ByUUID(ClassJob, id)
+		ok = found && it.Decode(&job) == nil
+		ref = it.Ref
+		return nil
+	})
+	return ref, job, ok
+}
+
+// JobClaim is the last gate before anything of a patch runs: it succeeds once
+// for each attempt, and only for a job that is still wanted. Codes:
+// TASK_CANCELLED, OTHER_OPERATION_IN_PROGRESS, HANDLE_INVALID.
+func (p *Pool) JobClaim(ctx context.Context, ref xapi.Ref) (attempt int64, err error) {
+	err = p.Store.Update(ctx, func(tx *store.Tx) error {
+		var job Job
+		if err := tx.Get(ClassJob, ref, &job); err != nil {
+			return err
+		}
+		switch {
+		case job.State != JobQueued:
+			return xapi.NewError(xapi.OtherOperationInProgress, "job", string(ref))
+		case job.Cancel:
+			return xapi.NewError(xapi.TaskCancelled, string(job.Task.OrNull()))
+		}
+		job.State = JobClaimed
+		job.Attempt++
+		attempt = job.Attempt
+		tx.Put(ClassJob, ref, job)
+		return nil
+	})
+	return attempt, err
+}
+
+// JobRequeue puts a claimed job of which nothing has run back into the queue.
+// One that is done stays so.
+func (p *Pool) JobRequeue(ctx context.Context, ref xapi.Ref) error {
+	return p.Store.Update(ctx, func(tx *store.Tx) error {
+		var job Job
+		if err := tx.Get(ClassJob, ref, &job); err != nil {
+			return err
+		}
+		if job.State != JobClaimed {
+			return nil
+		}
+		job.State = JobQueued
+		tx.Put(ClassJob, ref, job)
+		return nil
+	})
+}
+
+// assertUnused refuses while an open job reads the VDI. Code: VDI_IN_USE.
+func (p *Pool) assertUnused(tx *store.Tx, vdi xapi.Ref) error {
+	for _, ref := range tx.Refs(ClassJob, "VDI", string(vdi)) {
+		var job Job
+		if tx.Get(ClassJob, ref, &job) == nil && job.State != JobDone {
+			return xapi.NewError(xapi.VDIInUse, string(vdi), string(job.Kind))
+		}
+	}
+	return nil
+}
+
+// JobReport stores how far a job has come. It is for live display: the caller
+// limits how often it calls.
+func (p *Pool) JobReport(ctx context.Context, ref xapi.Ref, progress float64, tail string) error {
+	return p.Store.Update(ctx, func(tx *store.Tx) error {
+		var job Job
+		if err := tx.Get(ClassJob, ref, &job); err != nil {
+			return err
+		}
+		if job.State == JobDone || (job.Progress == progress && job.Tail == tail) {
+			return nil
+		}
+		job.Progress, job.Tail = progress, tail
+		tx.Put(ClassJob, ref, job)
+		return nil
+	})
+}
+
+// JobFinish ends a job and writes what follows from it into host_patch and
+// pool_patch, in one transaction. Repeated, it does nothing.
+func (p *Pool) JobFinish(ctx context.Context, ref xapi.Ref, o Outcome) error {
+	if o.At.IsZero() {
+		o.At = p.Now()
+	}
+	err := p.Store.Update(ctx, func(tx *store.Tx) error {
+		var job Job
+		if err := tx.Get(ClassJob, ref, &job); err != nil {
+			return err
+		}
+		if job.State == JobDone {
+			return nil
+		}
+		job.State, job.Finished, job.Progress = JobDone, p.Now(), 1
+		job.Output, job.Tail, job.VDI = o.Output, "", ""
+		if o.Err != nil {
+			job.Error = o.Err.Description()
+		}
+		tx.Put(ClassJob, ref, job)
+		if job.Kind == JobApply {
+			return p.finishApply(tx, job, o)
+		}
+		return nil
+	})
+	if xapi.Is(err, xapi.HandleInvalid) {
+		return nil
+	}
+	return err
+}
+
+// The keys of host_patch.other_config that patchd writes.
+const (
+	KeyState    = "patchd-state"    // StateUnknown, or absent
+	KeyGuidance = "patchd-guidance" // what the patch asked to restart
+)
+
+// StateUnknown is the state of a host_patch whose apply was begun and whose
+// end nobody knows.
+const StateUnknown = "unknown"
+
+func (p *Pool) finishApply(tx *store.Tx, job Job, o Outcome) error {
+	var hp HostPatch
+	if err := tx.Get(ClassHostPatch, job.HostPatch, &hp); err != nil {
+		if xapi.Is(err, xapi.HandleInvalid) {
+			return nil
+		}
+		return err
+	}
+	switch {
+	case o.Unknown:
+		hp.OtherConfig[KeyState] = StateUnknown
+		tx.Put(ClassHostPatch, job.HostPatch, hp)
+	case o.Err != nil:
+		tx.Delete(ClassHostPatch, job.HostPatch)
+	default:
+		var patch Patch
+		if err := tx.Get(ClassPatch, job.Patch, &patch); err != nil {
+			return err
+		}
+		hp.Applied, hp.TimestampApplied = true, o.At
+		hp.OtherConfig[KeyGuidance] = guidanceText(patch.AfterApplyGuidance)
+		tx.Put(ClassHostPatch, job.HostPatch, hp)
+		return p.refreshPoolApplied(tx, job.Patch, job.HostPatch)
+	}
+	return nil
+}
+
+func guidanceText(gs []xapi.Guidance) string {
+	s := ""
+	for i, g := range gs {
+		if i > 0 {
+			s += " "
+		}
+		s += string(g)
+	}
+	return s
+}
+
+// refreshPoolApplied sets pool_applied to whether every host has the patch.
+// becoming is a host_patch that this transaction makes applied, or "".
+func (p *Pool) refreshPoolApplied(tx *store.Tx, patch, becoming xapi.Ref) error {
+	var rec Patch
+	if err := tx.Get(ClassPatch, patch, &rec); err != nil {
+		return err
+	}
+	have := map[xapi.Ref]bool{}
+	for _, ref := range tx.Refs(ClassHostPatch, "pool_patch", string(patch)) {
+		var hp HostPatch
+		if err := tx.Get(ClassHostPatch, ref, &hp); err != nil {
+			continue // deleted by this transaction
+		}
+		have[hp.Host] = have[hp.Host] || hp.Applied || ref == becoming
+	}
+	all := true
+	for _, it := range tx.List(ClassHost) {
+		all = all && have[it.Ref]
+	}
+	if rec.PoolApplied != all {
+		rec.PoolApplied = all
+		tx.Put(ClassPatch, patch, rec)
+	}
+	return nil
+}
+
+// cancelWait is how long a cancelled job may take to come to its end before
+// the caller is told anyway.
+const cancelWait = 2 * time.Minute
+
+// waitJob follows a job to its end and shows its progress in the task of ctx.
+// When the task is cancelled the job is too; when the process stops the job
+// goes on and the error is that of ctx.
+func (p *Pool) waitJob(ctx context.Context, ref xapi.Ref) (Job, error) {
+	job, err := p.followJob(ctx, ref)
+	if err == nil || ctx.Err() == nil || !xapi.Is(context.Cause(ctx), xapi.TaskCancelled) {
+		return job, err
+	}
+	cause := context.Cause(ctx)
+	end, stop := context.WithTimeout(context.WithoutCancel(ctx), cancelWait)
+	defer stop()
+	if err := p.JobCancel(end, ref); err != nil {
+		return job, errors.Join(cause, err)
+	}
+	if job, err = p.followJob(end, ref); err != nil {
+		return job, errors.Join(cause, fmt.Errorf("job %s does not end: %w", job.UUID, err))
+	}
+	if job.Err() == nil {
+		return job, nil // it was done before the cancel reached it
+	}
+	return job, cause
+}
+
+func (p *Pool) followJob(ctx context.Context, ref xapi.Ref) (Job, error) {
+	t := task.FromContext(ctx)
+	for {
+		var job Job
+		var rev int64
+		err := p.Store.View(func(v *store.View) (err error) {
+			rev = v.Revision()
+			job, err = store.Get[Job](v, ClassJob, ref)
+			return err
+		})
+		if err != nil || job.State == JobDone {
+			return job, err
+		}
+		t.Progress(job.Progress)
+		if job.Tail != "" {
+			t.Output(job.Tail)
+		}
+		if err := p.Store.Wait(ctx, rev); err != nil {
+			return job, err
+		}
+	}
+}
+
+// JobCancel asks the host of a job to end it. One that is done stays as it is.
+func (p *Pool) JobCancel(ctx context.Context, ref xapi.Ref) error {
+	return p.Store.Update(ctx, func(tx *store.Tx) error {
+		var job Job
+		if err := tx.Get(ClassJob, ref, &job); err != nil {
+			return err
+		}
+		if job.State == JobDone || job.Cancel {
+			return nil
+		}
+		job.Cancel = true
+		tx.Put(ClassJob, ref, job)
+		return nil
+	})
+}
+
+// JobAlive tells whether a job of that uuid is open: its working data is in use.
+func (p *Pool) JobAlive(id xapi.UUID) bool {
+	_, job, ok := p.JobByUUID(id)
+	return ok && job.State != JobDone
+}
+
+// jobKeep is how long a finished job stays, for whoever still waits for it.
+const jobKeep = time.Hour
+
+// CollectJobs removes the jobs that ended more than an hour ago.
+func (p *Pool) CollectJobs(ctx context.Context) error {
+	return p.Store.Update(ctx, func(tx *store.Tx) error {
+		n := 0
+		for _, it := range tx.List(ClassJob) {
+			var job Job
+			if err := it.Decode(&job); err != nil {
+				return err
+			}
+			if job.State == JobDone && p.Now().Sub(job.Finished) > jobKeep && n < 100 {
+				tx.Delete(ClassJob, it.Ref)
+				n++
+			}
+		}
+		return nil
+	})
+}

@@ -1,0 +1,95 @@
+package pool
+
+import (
+	"context"
+	"time"
+
+	"github.com/patchd/patchd/pkg/store"
+	"github.com/patchd/patchd/pkg/xapi"
+)
+
+// Stamp is one stampfile of a host: its own memory that it has a patch.
+type Stamp struct {
+	Patch   Patch // identity and guidance, as the stampfile's content says
+	Applied time.Time
+}
+
+// Resync makes the records say what the host's stampfiles say: a stamp without
+// a patch record makes one without file and VDI, a stamp without host_patch
+// makes one with the stamp's time, a host_patch that claims to be applied and
+// has no stamp goes. An apply in progress is left alone: its job decides.
+//
+// It is given all stamps of the host, and changes at most 100 objects in one
+// transaction.
+func (p *Pool) Resync(ctx context.Context, host xapi.Ref, stamps []Stamp) error {
+	seen := map[xapi.UUID]bool{}
+	for _, s := range stamps {
+		seen[s.Patch.UUID] = true
+		if err := p.resyncStamp(ctx, host, s); err != nil {
+			return err
+		}
+	}
+	return p.dropUnstamped(ctx, host, seen)
+}
+
+func (p *Pool) resyncStamp(ctx context.Context, host xapi.Ref, s Stamp) error {
+	return p.Store.Update(ctx, func(tx *store.Tx) error {
+		patch, known := tx.ByUUID(ClassPatch, s.Patch.UUID)
+		if !known {
+			rec := s.Patch
+			rec.VDI, rec.Size, rec.OtherConfig = xapi.NullRef, 0, map[string]string{}
+			patch = xapi.NewRef()
+			tx.Put(ClassPatch, patch, rec)
+		}
+		for _, ref := range tx.Refs(ClassHostPatch, "pool_patch", string(patch)) {
+			var hp HostPatch
+			if err := tx.Get(ClassHostPatch, ref, &hp); err != nil {
+				return err
+			}
+			if hp.Host != host {
+				continue
+			}
+			if !hp.Applied && hp.OtherConfig[KeyState] == StateUnknown {
+				delete(hp.OtherConfig, KeyState)
+				hp.Applied, hp.TimestampApplied = true, s.Applied
+				tx.Put(ClassHostPatch, ref, hp)
+				return p.refreshPoolApplied(tx, patch, ref)
+			}
+			return nil
+		}
+		hp := xapi.NewRef()
+		tx.Put(ClassHostPatch, hp, HostPatch{
+			UUID: xapi.NewUUID(), Host: host, PoolPatch: patch, Applied: true, TimestampApplied: s.Applied,
+			OtherConfig: map[string]string{KeyGuidance: guidanceText(s.Patch.AfterApplyGuidance)},
+		})
+		return p.refreshPoolApplied(tx, patch, hp)
+	})
+}
+
+func (p *Pool) dropUnstamped(ctx context.Context, host xapi.Ref, seen map[xapi.UUID]bool) error {
+	return p.Store.Update(ctx, func(tx *store.Tx) error {
+		n := 0
+		for _, ref := range tx.Refs(ClassHostPatch, "host", string(host)) {
+			var hp HostPatch
+			if err := tx.Get(ClassHostPatch, ref, &hp); err != nil {
+				return err
+			}
+			var patch Patch
+			if err := tx.Get(ClassPatch, hp.PoolPatch, &patch); err != nil && !xapi.Is(err, xapi.HandleInvalid) {
+				return err
+			}
+			if !hp.Applied || seen[patch.UUID] || n >= 30 {
+				continue
+			}
+			n++
+			tx.Delete(ClassHostPatch, ref)
+			if patch.UUID == "" {
+				continue
+			}
+			if err := p.refreshPoolApplied(tx, hp.PoolPatch, ""); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}

@@ -1,0 +1,203 @@
+package server
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"net"
+	"net/http"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/sirupsen/logrus"
+
+	"github.com/patchd/patchd/pkg/session"
+)
+
+// Limits of every listener. There is no time-out on a whole request: an upload
+// may take hours. A header must come soon, and a body must not stall; the
+// handlers see to the latter.
+const (
+	headerTimeout = 20 * time.Second
+	idleTimeout   = 2 * time.Minute
+	maxHeader     = 32 << 10
+	// maxConnections bounds what one listener holds; beyond it new connections
+	// are closed at once. The unix socket has its own count, so that an admin
+	// on the host always gets in.
+	maxConnections = 8192
+)
+
+// listeners are the ways in: plain HTTP, TLS, and the unix socket.
+type listeners struct {
+	log     logrus.FieldLogger
+	handler atomic.Value // http.Handler: changes once, when start-up is done
+	servers []*http.Server
+	wg      sync.WaitGroup
+	// Addr and TLSAddr are where the two listen in fact.
+	Addr, TLSAddr net.Addr
+}
+
+type handlerBox struct{ http.Handler }
+
+func (l *listeners) setHandler(h http.Handler) { l.handler.Store(handlerBox{h}) }
+
+func (l *listeners) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	l.handler.Load().(handlerBox).ServeHTTP(w, r)
+}
+
+// booting answers everything until start-up repair is done.
+func booting(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("Retry-After", "1")
+	http.Error(w, "patchd is starting: HOST_STILL_BOOTING", http.StatusServiceUnavailable)
+}
+
+// open begins to listen; until setHandler all is answered by booting.
+func openListeners(c Config, s stateDir, cert tls.Certificate, log logrus.FieldLogger) (l *listeners, err error) {
+	l = &listeners{log: log}
+	l.setHandler(http.HandlerFunc(booting))
+	defer func() {
+		if err != nil {
+			l.close(0)
+		}
+	}()
+	if c.Listen != "" {
+		ln, err := net.Listen("tcp", c.Listen)
+		if err != nil {
+			return l, err
+		}
+		l.Addr = ln.Addr()
+		l.serve(&capListener{Listener: ln}, nil)
+	}
+	if c.TLSListen != "" {
+		ln, err := net.Listen("tcp", c.TLSListen)
+		if err != nil {
+			return l, err
+		}
+		l.TLSAddr = ln.Addr()
+		l.serve(tls.NewListener(&capListener{Listener: ln}, tlsConfig(cert)), nil)
+	}
+	return l, l.openSocket(s.path("patchd.sock"))
+}
+
+// tlsConfig takes TLS 1.2 with ephemeral keys and authenticated ciphers, and
+// 1.3. HTTP/2 is not offered: the classic clients need plain connections.
+func tlsConfig(cert tls.Certificate) *tls.Config {
+	return &tls.Config{
+		Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS12,
+		CipherSuites: []uint16{
+			tls.TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256, tls.TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,
+			tls.TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256,
+			tls.TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256, tls.TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
+			tls.TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
+		},
+	}
+}
+
+// openSocket listens on the unix socket, where root needs no password. The
+// state directory's lock is held, so a socket that lies there is a dead one.
+func (l *listeners) openSocket(path string) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	old := syscall.Umask(0o177)
+	ln, err := net.Listen("unix", path)
+	syscall.Umask(old)
+	if err != nil {
+		return err
+	}
+	l.serve(&capListener{Listener: ln}, func(ctx context.Context, c net.Conn) context.Context {
+		if peerIsRoot(c) {
+			return session.WithTrusted(ctx)
+		}
+		return ctx
+	})
+	return nil
+}
+
+// peerIsRoot asks the kernel who is at the other end of a unix socket.
+func peerIsRoot(c net.Conn) bool {
+	if cc, ok := c.(*capConn); ok {
+		c = cc.Conn
+	}
+	u, ok := c.(*net.UnixConn)
+	if !ok {
+		return false
+	}
+	raw, err := u.SyscallConn()
+	if err != nil {
+		return false
+	}
+	root := false
+	raw.Control(func(fd uintptr) {
+		cred, err := syscall.GetsockoptUcred(int(fd), syscall.SOL_SOCKET, syscall.SO_PEERCRED)
+		root = err == nil && cred.Uid == 0
+	})
+	return root
+}
+
+func (l *listeners) serve(ln net.Listener, connContext func(context.Context, net.Conn) context.Context) {
+	s := &http.Server{
+		Handler: l, ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeader,
+		ConnContext: connContext, ErrorLog: quiet(l.log),
+		TLSNextProto: map[string]func(*http.Server, *tls.Conn, http.Handler){},
+	}
+	l.servers = append(l.servers, s)
+	l.wg.Add(1)
+	go func() {
+		defer l.wg.Done()
+		if err := s.Serve(ln); err != nil && !errors.Is(err, http.ErrServerClosed) {
+			l.log.WithError(err).WithField("address", ln.Addr()).Error("a listener ended")
+		}
+	}()
+}
+
+// close stops to listen, lets calls end for as long as grace, and closes what
+// is left.
+func (l *listeners) close(grace time.Duration) {
+	ctx, cancel := context.WithTimeout(context.Background(), grace)
+	defer cancel()
+	var wg sync.WaitGroup
+	for _, s := range l.servers {
+		wg.Go(func() {
+			if s.Shutdown(ctx) != nil {
+				s.Close()
+			}
+		})
+	}
+	wg.Wait()
+	l.wg.Wait()
+}
+
+// capListener counts open connections and refuses those beyond the limit.
+type capListener struct {
+	net.Listener
+	open atomic.Int64
+}
+
+func (l *capListener) Accept() (net.Conn, error) {
+	for {
+		c, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		if l.open.Add(1) <= maxConnections {
+			return &capConn{Conn: c, release: func() { l.open.Add(-1) }}, nil
+		}
+		l.open.Add(-1)
+		c.Close()
+	}
+}
+
+type capConn struct {
+	net.Conn
+	once    sync.Once
+	release func()
+}
+
+func (c *capConn) Close() error {
+	c.once.Do(c.release)
+	return c.Conn.Close()
+}

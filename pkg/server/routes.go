@@ -1,0 +1,114 @@
+package server
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	stdlog "log"
+	"net/http"
+
+	"github.com/gorilla/mux"
+	"github.com/sirupsen/logrus"
+
+	"github.com/patchd/patchd/pkg/event"
+	"github.com/patchd/patchd/pkg/patch"
+	"github.com/patchd/patchd/pkg/session"
+	"github.com/patchd/patchd/pkg/store"
+	"github.com/patchd/patchd/pkg/upload"
+	"github.com/patchd/patchd/pkg/xapi"
+	"github.com/patchd/patchd/pkg/xenapi"
+	"github.com/patchd/patchd/pkg/xenapi/thincli"
+
+	"time"
+)
+
+// routes binds the wire to the services.
+func (s *Server) routes() (http.Handler, error) {
+	model := xenapi.NewModel()
+	api, err := xenapi.New(xenapi.Options{
+		Store: s.store, Pool: s.pool, Tasks: s.tasks, Sessions: s.sessions,
+		Events: event.New(s.store, model.EventClasses()), Log: s.log,
+	})
+	if err != nil {
+		return nil, err
+	}
+	r := mux.NewRouter().SkipClean(true).UseEncodedPath()
+	r.HandleFunc("/healthz", healthz).Methods(http.MethodGet, http.MethodHead)
+	s.cli = thincli.New(cliAPI{s.sessions, api}, thincli.Options{Log: s.log, Local: func(r *http.Request) bool { return session.Trusted(r.Context()) }})
+	r.Handle("/cli", s.cli).Methods(http.MethodPost)
+	upload.New(upload.Options{
+		Pool: s.pool, Store: s.store, Tasks: s.tasks, Sessions: s.sessions, Dom0: s.dom0, Log: s.log,
+		Keys:  func() (*patch.Keyring, error) { return patch.LoadKeyring(s.keysDir()) },
+		Check: patch.Options{Pinned: s.config.PinnedSHA256, Limits: patch.Limits{Cleartext: s.config.MaxCleartext}},
+		Stall: time.Duration(s.config.StallTimeout), Render: s.render(api.Model()),
+	}).Routes(r)
+	api.Routes(r)
+	return r, nil
+}
+
+// render gives a record as the API shows it, for answers outside the API.
+func (s *Server) render(m *xenapi.Model) func(class string, ref xapi.Ref) (json.RawMessage, error) {
+	return func(class string, ref xapi.Ref) (raw json.RawMessage, err error) {
+		c, ok := m.Class(class)
+		if !ok {
+			return nil, fmt.Errorf("there is no class %s", class)
+		}
+		err = s.store.View(func(v *store.View) error {
+			it, ok := v.Get(class, ref)
+			if !ok {
+				return xapi.NewError(xapi.HandleInvalid, class, string(ref))
+			}
+			rec, err := c.Render(v, it)
+			if err != nil {
+				return err
+			}
+			rec["ref"] = string(ref)
+			raw, err = json.Marshal(rec)
+			return err
+		})
+		return raw, err
+	}
+}
+
+// cliAPI is what the thin CLI needs, made of sessions and calls.
+type cliAPI struct {
+	sessions *session.Manager
+	api      *xenapi.Server
+}
+
+func (c cliAPI) Login(ctx context.Context, user, password, originator, addr string) (xapi.Ref, error) {
+	return c.sessions.Login(ctx, user, password, originator, addr)
+}
+
+func (c cliAPI) LoginLocal(ctx context.Context, originator string) (xapi.Ref, error) {
+	return c.sessions.LoginLocal(ctx, originator)
+}
+
+func (c cliAPI) Logout(ctx context.Context, ref xapi.Ref) error { return c.sessions.Logout(ctx, ref) }
+
+func (c cliAPI) Call(ctx context.Context, ref xapi.Ref, method string, params []any) (any, error) {
+	s, err := c.sessions.Get(ref)
+	if err != nil {
+		return nil, err
+	}
+	return c.api.Call(ctx, s, method, params)
+}
+
+func xmlValue(text string) string {
+	if text == "" {
+		return xenapi.XMLValue(nil)
+	}
+	return xenapi.XMLValue(text)
+}
+
+// quiet sends what net/http says of single connections to the debug level.
+func quiet(log logrus.FieldLogger) *stdlog.Logger {
+	return stdlog.New(debugWriter{log}, "", 0)
+}
+
+type debugWriter struct{ log logrus.FieldLogger }
+
+func (w debugWriter) Write(p []byte) (int, error) {
+	w.log.Debug(string(p))
+	return len(p), nil
+}

@@ -1,0 +1,378 @@
+// Package server wires the parts of patchd into one daemon: it opens the state
+// directory, the pool database and the listeners, repairs what an earlier
+// process left, and runs until it is told to stop.
+package server
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/sirupsen/logrus"
+
+	"github.com/patchd/patchd/pkg/agent"
+	"github.com/patchd/patchd/pkg/dom0"
+	"github.com/patchd/patchd/pkg/pool"
+	"github.com/patchd/patchd/pkg/session"
+	"github.com/patchd/patchd/pkg/sr/all"
+	"github.com/patchd/patchd/pkg/store"
+	"github.com/patchd/patchd/pkg/task"
+	"github.com/patchd/patchd/pkg/xapi"
+	"github.com/patchd/patchd/pkg/xenapi/thincli"
+)
+
+// Server is one running daemon.
+type Server struct {
+	config Config
+	log    *logrus.Logger
+	state  stateDir
+	dom0   *dom0.System
+
+	store    *store.Store
+	leader   *store.Leadership
+	pool     *pool.Pool
+	tasks    *task.Manager
+	sessions *session.Manager
+	agent    *agent.Agent
+	ways     *listeners
+	cli      *thincli.Handler
+
+	version string
+	runner  []string
+	// FirstPassword is root's password when this start has generated it.
+	FirstPassword string
+}
+
+// Options is what Open needs beside the configuration.
+type Options struct {
+	Log     *logrus.Logger
+	Version string
+	// Runner is the command line of `patchd runner`; the default is this
+	// program itself.
+	Runner []string
+}
+
+// Open starts everything but the jobs: after it the listeners answer, with
+// HOST_STILL_BOOTING until Run has repaired what was left. On failure nothing
+// stays behind. Close ends it.
+func Open(ctx context.Context, c Config, o Options) (s *Server, err error) {
+	s = &Server{config: c, log: o.Log, version: o.Version, runner: o.Runner}
+	if len(s.runner) == 0 {
+		exe, err := os.Executable()
+		if err != nil {
+			return nil, err
+		}
+		s.runner = []string{exe, "runner", "--groups", groupPrefix(c.StateDir)}
+	}
+	var undo xapi.Undo
+	defer func() { err = undo.Close(ctx, err) }()
+	if s.state, err = openStateDir(c.StateDir); err != nil {
+		return nil, err
+	}
+	undo.Push("unlock", func(context.Context) error { return s.state.close() })
+	s.dom0, err = dom0.New(dom0.Options{Log: s.log, Hide: []string{c.StateDir}, CgroupPrefix: groupPrefix(c.StateDir)})
+	if err != nil {
+		return nil, err
+	}
+	undo.Push("close dom0", func(context.Context) error { return s.dom0.Close() })
+	full, err := s.state.useReserve(s.dom0, s.log)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.openStore(ctx, full); err != nil {
+		return nil, err
+	}
+	undo.Push("close store", func(context.Context) error { return s.store.Close() })
+	hostname, err := os.Hostname()
+	if err != nil {
+		return nil, err
+	}
+	cert, err := s.state.certificate(hostname)
+	if err != nil {
+		return nil, fmt.Errorf("make the TLS certificate: %w", err)
+	}
+	if s.ways, err = openListeners(c, s.state, cert, s.log); err != nil {
+		return nil, err
+	}
+	undo.Push("close listeners", func(context.Context) error { s.ways.close(0); return nil })
+	return s, s.openPool(ctx, hostname)
+}
+
+// groupPrefix is the folder of this daemon's control groups: another patchd on
+// the same machine has another state directory.
+func groupPrefix(stateDir string) string {
+	sum := sha256.Sum256([]byte(stateDir))
+	return "patchd-" + hex.EncodeToString(sum[:6])
+}
+
+func (s *Server) openStore(ctx context.Context, full bool) error {
+	indexes := append(pool.Indexes(), task.Indexes()...)
+	indexes = append(indexes, session.Indexes()...)
+	o := storeOptions(s.config, s.state, s.log)
+	o.Indexes = indexes
+	st, err := store.Open(ctx, o)
+	if err != nil && full {
+		return fmt.Errorf("the pool database cannot be opened while the disk is full: make room on the filesystem of %s and start again: %w", s.config.StateDir, err)
+	}
+	if err != nil {
+		return fmt.Errorf("open the pool database: %w", err)
+	}
+	s.store = st
+	return nil
+}
+
+// openPool makes the services and, at the very first start, the pool.
+func (s *Server) openPool(ctx context.Context, hostname string) error {
+	host, err := s.state.hostUUID()
+	if err != nil {
+		return err
+	}
+	if s.leader, err = s.store.Campaign(ctx, string(host)); err != nil {
+		return fmt.Errorf("become the pool's coordinator: %w", err)
+	}
+	s.pool, err = pool.Open(ctx, pool.Options{
+		Store: s.store, Log: s.log, Drivers: all.Drivers(), HostUUID: host, Hostname: hostname,
+		Address: s.address(), PatchDir: s.config.PatchDir, KeepFree: s.state.keepFree(s.dom0), Version: s.version,
+	})
+	if err != nil {
+		return err
+	}
+	secret, err := s.state.poolSecret()
+	if err != nil {
+		return err
+	}
+	self := func() xapi.Ref { return s.pool.Self }
+	s.tasks = task.NewManager(s.store, self, s.log)
+	s.sessions, err = session.NewManager(s.store, session.Options{
+		PoolSecret: secret, BadPasswordDelay: time.Duration(s.config.BadPasswordDelay), Log: s.log, ThisHost: self,
+	})
+	if err != nil {
+		return err
+	}
+	if err := s.ensureRoot(ctx); err != nil {
+		return err
+	}
+	s.agent = agent.New(agent.Options{
+		Coordinator: s.pool, Storage: s.pool, Dom0: s.dom0, Log: s.log,
+		Self: s.pool.Self, SelfUUID: s.pool.SelfUUID, PoolUUID: s.pool.PoolUUID,
+		JobsDir: s.state.path("jobs"), PatchDir: s.config.PatchDir, KeysDir: s.keysDir(), Pinned: s.config.PinnedSHA256,
+		Runner: s.runner, MaxCleartext: s.config.MaxCleartext,
+		Timeouts: agent.Timeouts{
+			Precheck: time.Duration(s.config.PrecheckTimeout), Apply: time.Duration(s.config.ApplyTimeout),
+			Grace: time.Duration(s.config.GraceTimeout),
+		},
+	})
+	s.pool.Local = s.agent
+	return os.MkdirAll(s.keysDir(), 0o755)
+}
+
+func (s *Server) keysDir() string { return s.state.path("trusted-keys") }
+
+// address is what the host record and HOST_IS_SLAVE tell: what was configured,
+// or the address of the plain listener.
+func (s *Server) address() string {
+	if s.config.Address != "" {
+		return s.config.Address
+	}
+	host, _, err := net.SplitHostPort(s.config.Listen)
+	if err != nil || host == "" {
+		return "127.0.0.1"
+	}
+	return host
+}
+
+// ensureRoot gives root a password at the first start.
+func (s *Server) ensureRoot(ctx context.Context) error {
+	have, err := s.sessions.HasUser("root")
+	if err != nil || have {
+		return err
+	}
+	password := os.Getenv("PATCHD_ROOT_PASSWORD")
+	if password == "" {
+		if password, err = s.state.text("root-password", randomPassword); err != nil {
+			return err
+		}
+		s.FirstPassword = password
+	}
+	_, err = s.sessions.EnsureRoot(ctx, password)
+	return err
+}
+
+func randomPassword() string { return string(xapi.NewUUID()) }
+
+// Addresses are those the listeners have in fact: plain HTTP and TLS; nil
+// where there is none.
+func (s *Server) Addresses() (plain, tls net.Addr) { return s.ways.Addr, s.ways.TLSAddr }
+
+// Run repairs what was left, then serves until ctx ends. ready is called when
+// calls are answered.
+func (s *Server) Run(ctx context.Context, ready func()) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	if err := s.repair(ctx); err != nil {
+		return fmt.Errorf("repair at start: %w", err)
+	}
+	handler, err := s.routes()
+	if err != nil {
+		return err
+	}
+	s.ways.setHandler(handler)
+	if ready != nil {
+		ready()
+	}
+	var wg sync.WaitGroup
+	wg.Go(func() { cancel(s.agent.Run(ctx)) })
+	wg.Go(func() { s.housekeeping(ctx) })
+	wg.Go(func() {
+		select {
+		case <-s.leader.Done():
+			cancel(errors.New("this process no longer leads the pool"))
+		case <-ctx.Done():
+		}
+	})
+	<-ctx.Done()
+	s.tasks.Stop()
+	s.cli.Close()
+	s.ways.close(stopGrace)
+	wg.Wait()
+	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
+		return err
+	}
+	return nil
+}
+
+// stopGrace is how long calls may go on after SIGTERM.
+const stopGrace = 2 * time.Second
+
+// repair makes true what must be true after every start: every undo ran, every
+// task that nothing durable owns has ended.
+func (s *Server) repair(ctx context.Context) error {
+	if err := s.ensureStorage(ctx); err != nil {
+		return err
+	}
+	if err := s.agent.Recover(ctx); err != nil {
+		// A job that cannot be settled now is tried again at the next start;
+		// it must not keep an admin from the pool.
+		s.log.WithError(err).Error("some jobs of an earlier process could not be settled")
+	}
+	owned, err := s.resume()
+	if err != nil {
+		return err
+	}
+	if err := s.tasks.Repair(ctx, func(ref xapi.Ref) bool { return owned[ref] }); err != nil {
+		return err
+	}
+	if err := s.agent.ResyncStamps(ctx); err != nil {
+		return fmt.Errorf("compare stampfiles with records: %w", err)
+	}
+	return s.pool.ImportPatchDir(ctx)
+}
+
+// ensureStorage plugs the SRs, and makes the first one of a new pool.
+func (s *Server) ensureStorage(ctx context.Context) error {
+	if err := s.pool.EnsureSM(ctx); err != nil {
+		return err
+	}
+	if err := s.pool.RepairStorage(ctx); err != nil {
+		return fmt.Errorf("repair the storage: %w", err)
+	}
+	fresh, err := s.pool.IsNew()
+	if err != nil || !fresh {
+		return err
+	}
+	ref, err := s.pool.SRCreate(ctx, pool.SRSpec{
+		Host: s.pool.Self, Type: "file", NameLabel: "Local storage", ContentType: "user",
+		NameDescription: "made at the first start", DeviceConfig: map[string]string{"location": s.state.path("sr")},
+		SMConfig: map[string]string{},
+	})
+	if err != nil {
+		return fmt.Errorf("make the first SR: %w", err)
+	}
+	return s.pool.SetDefaultSR(ctx, ref)
+}
+
+// resume takes up the tasks whose work is durable: open runs, and jobs that
+// were begun. They end with it.
+func (s *Server) resume() (map[xapi.Ref]bool, error) {
+	owned := map[xapi.Ref]bool{}
+	refs, runs, err := s.pool.OpenRuns()
+	if err != nil {
+		return nil, err
+	}
+	for i, run := range runs {
+		owned[run.Task] = true
+		s.takeUp(run.Task, func(ctx context.Context) (string, error) {
+			return "", s.pool.ContinueRun(pool.Resuming(ctx), refs[i])
+		})
+	}
+	jobs, _, err := s.pool.Jobs(s.pool.Self)
+	if err != nil {
+		return nil, err
+	}
+	for _, j := range jobs {
+		if j.Job.Task.IsNull() || owned[j.Job.Task] {
+			continue
+		}
+		owned[j.Job.Task] = true
+		s.takeUp(j.Job.Task, func(ctx context.Context) (string, error) { return s.pool.JobResult(ctx, j.Ref) })
+	}
+	return owned, nil
+}
+
+// takeUp drives the task of resumed work; a task that is gone does not keep
+// the work from going on.
+func (s *Server) takeUp(ref xapi.Ref, f func(context.Context) (string, error)) {
+	s.tasks.Go(ref, func(ctx context.Context, _ *task.Handle) (string, error) {
+		text, err := f(ctx)
+		return xmlValue(text), err
+	})
+}
+
+// housekeepingEvery is how often old records are collected; the sweep of
+// left-over volumes is hourly.
+const housekeepingEvery = 5 * time.Minute
+
+func (s *Server) housekeeping(ctx context.Context) {
+	tick := time.NewTicker(housekeepingEvery)
+	defer tick.Stop()
+	for n := 1; ; n++ {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		err := errors.Join(s.tasks.GC(ctx), s.pool.CollectJobs(ctx), s.sessions.GC(ctx))
+		if n%12 == 0 {
+			err = errors.Join(err, s.pool.Sweep(ctx))
+		}
+		if _, rerr := s.state.useReserve(s.dom0, s.log); rerr != nil {
+			err = errors.Join(err, rerr)
+		}
+		if err != nil && ctx.Err() == nil {
+			s.log.WithError(err).Error("housekeeping failed; it is tried again in five minutes")
+		}
+	}
+}
+
+// Close ends everything; runners go on.
+func (s *Server) Close() error {
+	s.ways.close(0)
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	err := s.pool.DetachStorage(ctx)
+	s.sessions.Close()
+	return errors.Join(err, s.store.Close(), s.dom0.Close(), s.state.close())
+}
+
+// healthz answers 200: until start-up is done another handler answers.
+func healthz(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("Content-Type", "text/plain")
+	fmt.Fprintln(w, "ok")
+}
