@@ -17,10 +17,10 @@
 //
 // # Values
 //
-// Inside this package, and for callers of [Server.Call], a value is one of
-// string (also for ints, enums, refs and dates), bool, float64, []any,
-// map[string]any, and [Int32] for the one place of the wire that has real
-// integers. nil stands for void.
+// A value is one of string (also for ints, enums and refs), bool, float64,
+// []any and map[string]any, and nil for void. Results have two more inside this
+// package: [Date], and [Int32] for the one place of the wire that has real
+// integers.
 //
 // # What it refuses
 //

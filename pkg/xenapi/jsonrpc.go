@@ -237,6 +237,8 @@ func encodeJSON(b *bytes.Buffer, v any) {
 		b.WriteString(strconv.Itoa(int(v)))
 	case int64:
 		b.WriteString(`"` + strconv.FormatInt(v, 10) + `"`)
+	case Date:
+		encodeJSONText(b, string(v))
 	case string:
 		encodeJSONText(b, v)
 	case []any:

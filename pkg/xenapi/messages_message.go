@@ -37,8 +37,8 @@ func messageMessages(m *Model) []*Message {
 // messagesWhere gives the messages that keep is true for.
 func (c *call) messagesWhere(class *Class, keep func(rec map[string]any, at time.Time) bool) (any, error) {
 	return c.recordsWhere(class, func(_ xapi.Ref, rec map[string]any) (bool, error) {
-		text, _ := rec["timestamp"].(string)
-		at, err := xapi.ParseTime(text)
+		text, _ := rec["timestamp"].(Date)
+		at, err := xapi.ParseTime(string(text))
 		return err == nil && keep(rec, at), nil
 	})
 }

@@ -94,5 +94,5 @@ func serverTime(c *call) (any, error) {
 	if err := c.exists(0); err != nil {
 		return nil, err
 	}
-	return xapi.FormatTime(c.srv.Now()), nil
+	return Date(xapi.FormatTime(c.srv.Now())), nil
 }

@@ -10,6 +10,9 @@ func sessionMessages() []*Message {
 	ref := RefTo("session")
 	return []*Message{
 		login("login_with_password", ref, func(c *call) (any, error) {
+			if session.Trusted(c.ctx) && c.text(0) == session.Root {
+				return refResult(c.srv.Sessions.LoginLocal(c.ctx, c.text(3)))
+			}
 			return refResult(c.srv.Sessions.Login(c.ctx, c.text(0), c.text(1), c.text(3), address(c.ctx)))
 		}, textParam("uname"), textParam("pwd"), textParam("version").or(""), textParam("originator").or("")),
 		login("slave_local_login_with_password", ref, localLogin, textParam("uname"), textParam("pwd")),

@@ -15,7 +15,7 @@ const (
 
 const nullRefText = string(xapi.NullRef)
 
-var epochText = xapi.FormatTime(xapi.Epoch)
+var epochDate = Date(xapi.FormatTime(xapi.Epoch))
 
 // Qualifier says who may set a field.
 type Qualifier string

@@ -106,10 +106,10 @@ func wireTime(raw json.RawMessage) (any, bool) {
 		return nil, false
 	}
 	if t, err := time.Parse(time.RFC3339Nano, s); err == nil {
-		return xapi.FormatTime(t), true
+		return Date(xapi.FormatTime(t)), true
 	}
 	t, err := xapi.ParseTime(s)
-	return xapi.FormatTime(t), err == nil
+	return Date(xapi.FormatTime(t)), err == nil
 }
 
 func wireSet(t Type, raw json.RawMessage) (any, bool) {

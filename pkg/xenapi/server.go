@@ -94,8 +94,9 @@ func address(ctx context.Context) string {
 
 // Call sends one message from inside the process: what the wire does once it
 // has decoded. sess is the caller's session, nil for messages that take none;
-// params leave it out. Values are in the forms the package comment names. The
-// error has a code.
+// params leave it out. Values are string (also for ints, enums, refs and
+// dates), bool, float64, []any and map[string]any, nil for void; refs, uuids
+// and the usual Go forms of sets and maps are taken, too. The error has a code.
 func (s *Server) Call(ctx context.Context, sess *session.Session, method string, params []any) (any, error) {
 	if method == listMethods {
 		return s.messages.names(), nil
@@ -114,7 +115,8 @@ func (s *Server) Call(ctx context.Context, sess *session.Session, method string,
 	for i, p := range params {
 		plain[i] = argument(p)
 	}
-	return s.invoke(ctx, m, async, method, sess, plain)
+	v, err := s.invoke(ctx, m, async, method, sess, plain)
+	return plainValue(v), err
 }
 
 const listMethods = "system.listMethods"

@@ -105,7 +105,7 @@ func (t Type) zero() any {
 	case KindBool:
 		return false
 	case KindDatetime:
-		return epochText
+		return epochDate
 	case KindRef:
 		return nullRefText
 	case KindSet:

@@ -11,6 +11,10 @@ import (
 // valid_ref_counts holds any (README fact 3).
 type Int32 int32
 
+// Date is a moment on the wire, in the form of xapi.FormatTime: of its own type
+// in XML-RPC, a text in JSON.
+type Date string
+
 // Limits bound what one request may hold, before anything looks at it.
 type Limits struct {
 	Body   int64 // bytes
@@ -62,6 +66,26 @@ func cloneValue(v any) any {
 			out[k] = cloneValue(e)
 		}
 		return out
+	}
+	return v
+}
+
+// plainValue turns the types only the wire knows into what callers inside the
+// process take: Date into string, Int32 into float64.
+func plainValue(v any) any {
+	switch v := v.(type) {
+	case Date:
+		return string(v)
+	case Int32:
+		return float64(v)
+	case []any:
+		for i := range v {
+			v[i] = plainValue(v[i])
+		}
+	case map[string]any:
+		for k := range v {
+			v[k] = plainValue(v[k])
+		}
 	}
 	return v
 }

@@ -121,6 +121,8 @@ func plainText(v any) string {
 	switch v := v.(type) {
 	case string:
 		return v
+	case Date:
+		return string(v)
 	case bool:
 		return strconv.FormatBool(v)
 	case float64:

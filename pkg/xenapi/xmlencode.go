@@ -52,6 +52,8 @@ func encodeXML(b *bytes.Buffer, v any) {
 		b.WriteString("<boolean>" + n + "</boolean>")
 	case float64:
 		b.WriteString("<double>" + strconv.FormatFloat(v, 'g', 16, 64) + "</double>")
+	case Date:
+		b.WriteString("<dateTime.iso8601>" + string(v) + "</dateTime.iso8601>")
 	case Int32:
 		b.WriteString("<i4>" + strconv.Itoa(int(v)) + "</i4>")
 	case int64:
