@@ -102,6 +102,8 @@ func untilOrphaned() { _, _ = bufio.NewReader(os.Stdin).ReadByte() }
 
 type node struct {
 	Name, Dir, Client, Peer, Cluster string
+	// Cert and Key, when set, are for TLS: the node's, and what clients must show.
+	Cert, Key string
 }
 
 // playEtcd is one node of a real cluster.
@@ -114,6 +116,8 @@ func playEtcd() int {
 	peer, _ := url.Parse(n.Peer)
 	cfg.ListenClientUrls, cfg.AdvertiseClientUrls = []url.URL{*client}, []url.URL{*client}
 	cfg.ListenPeerUrls, cfg.AdvertisePeerUrls = []url.URL{*peer}, []url.URL{*peer}
+	cfg.ClientTLSInfo.CertFile, cfg.ClientTLSInfo.KeyFile = n.Cert, n.Key
+	cfg.ClientTLSInfo.TrustedCAFile, cfg.ClientTLSInfo.ClientCertAuth = n.Cert, n.Cert != ""
 	cfg.TickMs, cfg.ElectionMs = 50, 500
 	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.NewNop())
 	etcd, err := embed.StartEtcd(cfg)
