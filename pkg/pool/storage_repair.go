@@ -1,0 +1,175 @@
+package pool
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"github.com/patchd/patchd/pkg/store"
+	"github.com/patchd/patchd/pkg/xapi"
+)
+
+// RepairStorage makes storage and records agree, at the start of a host: SRs
+// that were being made or removed are removed, those that were plugged are
+// plugged again, what was begun is undone, working data of dead jobs goes,
+// sizes are read and VDIs without a volume are marked as missing. Foreign files
+// stay where they are.
+//
+// An SR that cannot be plugged or repaired keeps nobody from the rest of the
+// pool: that is logged, there is a message, and it is tried again at the next start.
+func (p *Pool) RepairStorage(ctx context.Context) error {
+	if err := p.finishSRs(ctx); err != nil {
+		return err
+	}
+	plugs, err := p.plugsToRepeat()
+	if err != nil {
+		return err
+	}
+	for _, ref := range plugs {
+		if err := p.replug(ctx, ref); err != nil {
+			return err
+		}
+	}
+	repos := p.storage.attached()
+	for _, ref := range slices.Sorted(maps.Keys(repos)) {
+		err := p.repairSR(ctx, ref, repos[ref])
+		if err == nil {
+			err = p.compare(ctx, ref, repos[ref], false)
+		}
+		if err != nil && ctx.Err() == nil {
+			err = p.reportSR(ctx, ref, MessageCleanupFailed, err)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return p.dropOrphanIntents(ctx)
+}
+
+// reportSR tells the admin what is wrong with an SR.
+func (p *Pool) reportSR(ctx context.Context, ref xapi.Ref, message string, cause error) error {
+	rec, err := p.sr(ref)
+	if err != nil {
+		return errors.Join(cause, err)
+	}
+	p.Log.WithError(cause).WithField("SR", rec.UUID).Error("an SR could not be plugged or repaired; it is tried again at the next start")
+	_, err = p.MessageCreate(ctx, message, 2, "SR", rec.UUID, brief(cause))
+	return err
+}
+
+func brief(err error) string { return strings.ToValidUTF8(fmt.Sprintf("%.1000s", err.Error()), "") }
+
+// finishSRs removes the SRs that were being made or removed.
+func (p *Pool) finishSRs(ctx context.Context) error {
+	intents, err := p.deadIntents()
+	if err != nil {
+		return err
+	}
+	for ref, in := range intents {
+		var failed error
+		switch in.Kind {
+		case IntentMakeSR:
+			failed = p.unmakeSR(ctx, ref, in)
+		case IntentRemoveSR:
+			var err error
+			failed, err = p.finishRemoveSR(ctx, ref, in)
+			failed = errors.Join(failed, err)
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if failed != nil {
+			p.Log.WithError(failed).WithField("SR", in.SRUUID).WithField("intent", in.Kind).Error("an SR that was being made or removed could not be removed from disk")
+		}
+	}
+	return nil
+}
+
+// plugsToRepeat lists the PBDs of this host that were plugged, or that could
+// not be plugged at the last start.
+func (p *Pool) plugsToRepeat() (refs []xapi.Ref, err error) {
+	err = p.Store.View(func(v *store.View) error {
+		for _, ref := range v.Refs(ClassPBD, "host", string(p.Self)) {
+			rec, err := store.Get[PBD](v, ClassPBD, ref)
+			if err != nil {
+				return err
+			}
+			if rec.CurrentlyAttached || rec.OtherConfig[keyPlugFailed] != "" {
+				refs = append(refs, ref)
+			}
+		}
+		return nil
+	})
+	return refs, err
+}
+
+// keyPlugFailed in PBD.other_config tells why the SR could not be plugged at start.
+const keyPlugFailed = "patchd-plug-failed"
+
+// MessagePlugFailed is the notice about such an SR.
+const MessagePlugFailed = "PBD_PLUG_FAILED_ON_SERVER_START"
+
+func (p *Pool) replug(ctx context.Context, ref xapi.Ref) error {
+	cause := p.plug(ctx, ref)
+	if cause == nil || ctx.Err() != nil {
+		return cause
+	}
+	text := brief(cause)
+	var rec PBD
+	news := false
+	err := p.Store.Update(ctx, func(tx *store.Tx) (err error) {
+		if rec, err = store.Read[PBD](tx, ClassPBD, ref); err != nil {
+			return err
+		}
+		news = rec.OtherConfig[keyPlugFailed] != text
+		rec.CurrentlyAttached, rec.Features = false, nil
+		rec.OtherConfig = notNil(rec.OtherConfig)
+		rec.OtherConfig[keyPlugFailed] = text
+		tx.Put(ClassPBD, ref, rec)
+		return nil
+	})
+	if err != nil || !news {
+		return err
+	}
+	return p.reportSR(ctx, rec.SR, MessagePlugFailed, cause)
+}
+
+// dropOrphanIntents deletes the intents about SRs that no record knows any
+// more: their volumes are swept when the SR is introduced again.
+func (p *Pool) dropOrphanIntents(ctx context.Context) error {
+	intents, err := p.deadIntents()
+	if err != nil {
+		return err
+	}
+	for ref, in := range intents {
+		if in.Kind != IntentCreate && in.Kind != IntentDestroy {
+			continue
+		}
+		err := p.Store.Update(ctx, func(tx *store.Tx) error {
+			if !tx.Has(ClassSR, in.SR) {
+				tx.Delete(ClassIntent, ref)
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// DetachStorage lets go of every SR without changing a record: the next start
+// plugs them again.
+func (p *Pool) DetachStorage(ctx context.Context) error {
+	var errs []error
+	for ref, repo := range p.storage.attached() {
+		p.storage.setRepository(ref, nil)
+		if err := repo.Detach(ctx); err != nil {
+			errs = append(errs, fmt.Errorf("detach SR %s: %w", ref, err))
+		}
+	}
+	return errors.Join(errs...)
+}
