@@ -30,13 +30,20 @@ func (m *marked) entry(group string) (entry, error) {
 	return entry{env: []string{mark + m.prefix + "/" + group}}, nil
 }
 
+// alive looks more than once: in the middle of an exec a process has no
+// environment.
 func (m *marked) alive(group string) (bool, error) {
 	found := false
-	err := m.each(func(_ int, g string) bool {
-		found = g == group
-		return !found
-	})
-	return found, err
+	for range 3 {
+		err := m.each(func(_ int, g string) bool {
+			found = g == group
+			return !found
+		})
+		if found || err != nil {
+			return found, err
+		}
+	}
+	return false, nil
 }
 
 func (m *marked) signal(group string, sig unix.Signal) error {
@@ -55,7 +62,7 @@ func (m *marked) signal(group string, sig unix.Signal) error {
 }
 
 func (m *marked) kill(group string) error {
-	for range 100 {
+	for range 1000 {
 		if alive, err := m.alive(group); err != nil || !alive {
 			return err
 		}

@@ -11,10 +11,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// pipePatience is how long output is still read after every process of the
-// group has ended: only one that left the group can hold the pipe by then.
-const pipePatience = 2 * time.Second
-
 // Run implements Dom0. When ctx ends, the program is ended as by a timeout,
 // and the cause of ctx is the error. A *StartError tells that it did not start.
 func (s *System) Run(ctx context.Context, c Cmd) (Result, error) {
@@ -57,7 +53,7 @@ func (s *System) run(ctx context.Context, c Cmd) (r Result, err error) {
 	io.pump()
 	timedOut, err := s.supervise(ctx, p, c)
 	left, killErr := s.finish(p, c)
-	if io.drain() {
+	if io.drain(s.patience) {
 		s.log.WithField("program", c.Path).Warn("A process outside of the control group still holds the output; it is no longer read")
 	}
 	r, resErr := p.outcome(c.Path)
@@ -134,7 +130,7 @@ func (p *process) outcome(path string) (Result, error) {
 	if p.shim == nil {
 		return r, nil
 	}
-	said, err := p.shim.read(time.Now().Add(pipePatience))
+	said, err := p.shim.read(time.Now().Add(shimPatience))
 	p.shim.closeParent()
 	if err != nil {
 		return r, fmt.Errorf("run %s: %w", path, err)

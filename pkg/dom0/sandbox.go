@@ -68,6 +68,9 @@ func (s *shimSpec) sandbox(life *os.File) (said shimStatus, step string, err err
 	if step, err := s.Sandbox.build(); err != nil {
 		return said, step, err
 	}
+	if err := giveStreams(); err != nil {
+		return said, "streams", err
+	}
 	if err := lockDown(); err != nil {
 		return said, "lock down", err
 	}
@@ -97,6 +100,24 @@ func (s *shimSpec) fork() (int, error) {
 			Credential: &syscall.Credential{Uid: nobody, Gid: nobody, Groups: []uint32{}},
 		},
 	})
+}
+
+// giveStreams lets nobody open /dev/stdout and the like again where they are
+// pipes: those belong to whoever made them.
+func giveStreams() error {
+	for fd := range 3 {
+		var st unix.Stat_t
+		if err := unix.Fstat(fd, &st); err != nil {
+			return err
+		}
+		if st.Mode&unix.S_IFMT != unix.S_IFIFO {
+			continue
+		}
+		if err := unix.Fchown(fd, nobody, nobody); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // build puts the tree of the sandbox together below root.

@@ -1,7 +1,6 @@
 package dom0
 
 import (
-	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -188,26 +187,20 @@ func shim(arg string) int {
 		fmt.Fprintln(os.Stderr, "patchd-shim is started by patchd only")
 		return 2
 	}
-	if err := unix.CloseRange(uint(base), ^uint(0)>>32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
-		for fd := base; fd < base+3; fd++ { // a kernel before 5.11
-			unix.CloseOnExec(fd)
-		}
-	}
-	text, err := readSpec(base)
+	spec, err := readSpec(base)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "patchd-shim is started by patchd only:", err)
 		return 2
 	}
 	status := os.NewFile(uintptr(base+1), "status")
-	var spec shimSpec
-	said := shimStatus{}
-	step := "specification"
-	if err = json.Unmarshal(text, &spec); err == nil {
-		if spec.Sandbox != nil {
-			said, step, err = spec.sandbox(os.NewFile(uintptr(base+2), "life line"))
-		} else {
-			step, err = spec.become()
-		}
+	var said shimStatus
+	var step string
+	if err = closeOnExec(base); err != nil {
+		step = "mark descriptors"
+	} else if spec.Sandbox != nil {
+		said, step, err = spec.sandbox(os.NewFile(uintptr(base+2), "life line"))
+	} else {
+		step, err = spec.become()
 	}
 	if err != nil {
 		said = shimStatus{Failed: true, Step: step, Text: err.Error()}
@@ -226,12 +219,14 @@ func shim(arg string) int {
 	return 0
 }
 
-func readSpec(fd int) ([]byte, error) {
+func readSpec(fd int) (spec shimSpec, err error) {
 	f := os.NewFile(uintptr(fd), "specification")
 	defer f.Close()
-	var b bytes.Buffer
-	_, err := b.ReadFrom(io.LimitReader(f, maxSpec))
-	return b.Bytes(), err
+	text, err := io.ReadAll(io.LimitReader(f, maxSpec))
+	if err != nil {
+		return spec, err
+	}
+	return spec, json.Unmarshal(text, &spec)
 }
 
 // join enters the control groups.

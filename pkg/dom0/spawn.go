@@ -11,8 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// spawnPatience bounds the wait for the shim to become the program.
-const spawnPatience = 30 * time.Second
+// shimPatience bounds the wait for what the shim has to say.
+const shimPatience = 30 * time.Second
 
 // Spawn implements Dom0. It returns when the program has begun, or with a
 // *StartError. While this process lives it reaps the child; the control group
@@ -77,7 +77,7 @@ func (p *process) begun(path string) error {
 	if p.shim == nil {
 		return nil
 	}
-	said, err := p.shim.read(time.Now().Add(spawnPatience))
+	said, err := p.shim.read(time.Now().Add(shimPatience))
 	p.shim.closeParent()
 	if err != nil {
 		return fmt.Errorf("spawn %s: %w", path, err)

@@ -143,14 +143,14 @@ func (s *streams) pump() {
 }
 
 // drain waits until all output is read. It tells whether it gave up because
-// somebody still held a pipe after pipePatience.
-func (s *streams) drain() (gaveUp bool) {
+// somebody still held a pipe after patience.
+func (s *streams) drain(patience time.Duration) (gaveUp bool) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
 		s.wait.Wait()
 	}()
-	t := time.NewTimer(pipePatience)
+	t := time.NewTimer(patience)
 	defer t.Stop()
 	select {
 	case <-done:
@@ -163,7 +163,7 @@ func (s *streams) drain() (gaveUp bool) {
 	}
 	if s.fed != nil {
 		s.in.SetWriteDeadline(time.Unix(1, 0))
-		late := time.NewTimer(pipePatience)
+		late := time.NewTimer(patience)
 		defer late.Stop()
 		select {
 		case <-s.fed:

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -48,6 +49,10 @@ type System struct {
 	hide   []string
 	groups hierarchy // nil: none can be used
 
+	// patience is how long output is still read after every process of the
+	// group has ended: only one that left the group can hold the pipe by then.
+	patience time.Duration
+
 	attach sync.Mutex // one loop device at a time: fewer lost races
 
 	mu      sync.Mutex
@@ -60,19 +65,24 @@ type System struct {
 
 var _ Dom0 = (*System)(nil)
 
-// New looks at the machine and changes nothing on it. The core limit of this
-// process becomes 0: neither it nor what it starts may write its secrets into a
-// dump.
+// New looks at the machine and changes nothing on it. Of this process it
+// changes two things: the core limit becomes 0, so that neither it nor what it
+// starts writes secrets into a dump, and descriptors it inherited close on
+// exec, so that no patch gets them.
 func New(o Options) (*System, error) {
 	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
 		return nil, fmt.Errorf("set core limit: %w", err)
 	}
+	if err := closeOnExec(3); err != nil {
+		return nil, fmt.Errorf("mark descriptors: %w", err)
+	}
 	s := &System{
-		log:     o.Log,
-		exe:     o.SandboxExe,
-		hide:    o.Hide,
-		busy:    map[string]bool{},
-		reapers: map[*process]struct{}{},
+		log:      o.Log,
+		exe:      o.SandboxExe,
+		hide:     o.Hide,
+		patience: 2 * time.Second,
+		busy:     map[string]bool{},
+		reapers:  map[*process]struct{}{},
 	}
 	if s.log == nil {
 		quiet := logrus.New()
@@ -195,6 +205,21 @@ func (s *System) BootID() (string, error) {
 		return "", fmt.Errorf("boot id: %w", err)
 	}
 	return strings.TrimSpace(string(b)), nil
+}
+
+// closeOnExec marks every descriptor from first on.
+func closeOnExec(first int) error {
+	err := unix.CloseRange(uint(first), 1<<32-1, unix.CLOSE_RANGE_CLOEXEC)
+	if err == nil {
+		return nil
+	}
+	files, err := os.ReadDir("/proc/self/fd") // a kernel before 5.11
+	for _, f := range files {
+		if fd, err := strconv.Atoi(f.Name()); err == nil && fd >= first {
+			unix.CloseOnExec(fd)
+		}
+	}
+	return err
 }
 
 // pause waits for d or until ctx ends, and tells whether it lasted.

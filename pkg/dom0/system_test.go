@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -64,6 +63,7 @@ func (w testWriter) Write(p []byte) (int, error) {
 
 // leaks names loop devices and mounts that belong to files of this test.
 func leaks(t testing.TB) error {
+	name, _, _ := strings.Cut(t.Name(), "/")
 	var errs []error
 	files, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
 	if err != nil {
@@ -71,13 +71,13 @@ func leaks(t testing.TB) error {
 	}
 	for _, f := range files {
 		b, err := os.ReadFile(f)
-		if err == nil && strings.Contains(string(b), filepath.Base(t.Name())) {
+		if err == nil && strings.Contains(string(b), name) {
 			errs = append(errs, fmt.Errorf("%s: %s", f, b))
 		}
 	}
 	mounts, err := mountinfo.GetMounts(nil)
 	for _, m := range mounts {
-		if strings.Contains(m.Mountpoint, filepath.Base(t.Name())) {
+		if strings.Contains(m.Mountpoint, name) {
 			errs = append(errs, fmt.Errorf("mounted: %s", m.Mountpoint))
 		}
 	}
@@ -113,7 +113,7 @@ func newImage(t testing.TB, files map[string]string) string {
 			t.Fatal(err)
 		}
 	}
-	image := filepath.Join(dir, filepath.Base(t.Name())+".img")
+	image := filepath.Join(dir, "a.img") // the folder is named after the test
 	out, err := exec.Command("mke2fs", "-q", "-F", "-t", "ext4", "-d", from, image, "8M").CombinedOutput()
 	if err != nil {
 		t.Fatalf("mke2fs: %v: %s", err, out)
@@ -139,7 +139,23 @@ func run(t testing.TB, s *System, c Cmd) (Result, string) {
 
 // helper is this test binary as another program.
 func helper(args []string) int {
-	io.WriteString(os.Stdout, strings.Join(args, " "))
+	var err error
+	switch args[0] {
+	case "spawn":
+		err = helperSpawn(args[1])
+	case "hold":
+		err = helperHold(args[1], args[2])
+	case "sandbox":
+		err = helperSandbox(args[1], args[2])
+	case "remount":
+		err = helperRemount()
+	default:
+		err = fmt.Errorf("no helper %q", args[0])
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
 	return 0
 }
 
