@@ -5,6 +5,8 @@ import (
 	"context"
 	"io"
 	"os"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 	"unicode/utf8"
@@ -82,6 +84,35 @@ func FuzzOpen(f *testing.F) {
 			t.Fatalf("accepted %s", m.Digest())
 		}
 	})
+}
+
+// TestFuzzCorpus makes sure that the corpus of FuzzOpen is what its names say:
+// a corpus of which nothing is accepted would test little.
+func TestFuzzCorpus(t *testing.T) {
+	good := map[string]bool{"binary": true, "zip": true, "zlib": true, "bzip2": true, "armoured": true, "cleartext": true, "oldstyle": true}
+	files, err := os.ReadDir("testdata/fuzz/FuzzOpen")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range files {
+		text, err := os.ReadFile("testdata/fuzz/FuzzOpen/" + f.Name())
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, quoted, _ := strings.Cut(string(text), "[]byte(")
+		data, err := strconv.Unquote(strings.TrimSuffix(quoted, ")\n"))
+		if err != nil {
+			t.Fatal(f.Name(), err)
+		}
+		_, _, err = readMessage([]byte(data), fuzzKeys(t), Options{})
+		if (err == nil) != good[f.Name()] {
+			t.Errorf("%s: %v", f.Name(), err)
+		}
+		delete(good, f.Name())
+	}
+	if len(good) > 0 {
+		t.Error("missing:", good)
+	}
 }
 
 func FuzzKeyring(f *testing.F) {

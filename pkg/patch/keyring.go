@@ -30,12 +30,12 @@ type Keyring struct {
 	blobs    []keyBlob
 	keys     []Key
 	problems []Problem
+	count    int // keys in blobs, copies included
 	now      func() time.Time
 }
 
 // keyBlob is one run of binary OpenPGP packets out of one file. Keys are parsed
-// anew for every check: a parsed key remembers results inside itself. A blob
-// that begins with a revocation only revokes.
+// anew for every check: a parsed key remembers results inside itself.
 type keyBlob struct {
 	file string
 	data []byte
@@ -154,11 +154,11 @@ func (k *Keyring) add(name string, data []byte) {
 		k.problem(name, err)
 	}
 	for _, b := range blobs {
-		if len(revocations(b)) > 0 {
-			k.blobs = append(k.blobs, keyBlob{name, b})
-			continue
-		}
+		loose := len(revocations(b)) > 0
 		found, errs := parseKeys(b)
+		if loose && len(errs) > 0 {
+			errs = errs[1:] // the revocation itself, which is no key
+		}
 		for _, err := range errs {
 			k.problem(name, err)
 		}
@@ -167,13 +167,13 @@ func (k *Keyring) add(name string, data []byte) {
 				k.problem(name, fmt.Errorf("holds the secret key %s: only its public part is used; remove the secret key from this host", fingerprint(e.PrimaryKey)))
 			}
 		}
-		if len(found) == 0 {
+		if len(found) == 0 && !loose {
 			if len(errs) == 0 {
 				k.problem(name, errors.New("holds no key"))
 			}
 			continue
 		}
-		if len(k.entities())+len(found) > maxKeys {
+		if k.count += len(found); k.count > maxKeys {
 			k.problem(name, fmt.Errorf("more than %d keys: these are not used", maxKeys))
 			continue
 		}
