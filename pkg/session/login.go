@@ -32,7 +32,7 @@ func (m *Manager) Login(ctx context.Context, name, password, originator, addr st
 	log := m.log.WithFields(logrus.Fields{"user": printable(name), "originator": printable(originator), "address": printable(addr)})
 	u, err := m.authenticate(ctx, name, password, addr, nil)
 	if err != nil {
-		log.WithError(err).Warn("login refused")
+		m.logRefusal(log, err)
 		return "", err
 	}
 	ref, err := m.open(ctx, m.userSession(u, originator))
@@ -43,11 +43,32 @@ func (m *Manager) Login(ctx context.Context, name, password, originator, addr st
 	return ref, nil
 }
 
+// logRefusal says who was refused. Those who did not get as far as a check are
+// not worth a line each: a flood would fill the log with them.
+func (m *Manager) logRefusal(log logrus.FieldLogger, err error) {
+	if errors.Is(err, errBusy) {
+		log.WithError(err).Debug("login refused")
+		return
+	}
+	log.WithError(err).Warn("login refused")
+}
+
 // LoginLocal opens a session of root for a client of the unix socket, whom the
 // kernel has vouched for.
 func (m *Manager) LoginLocal(ctx context.Context, originator string) (xapi.Ref, error) {
 	return m.open(ctx, m.localSession(originator))
 }
+
+// LoginPool opens a session for another host of the pool. It fails with
+// SESSION_AUTHENTICATION_FAILED when the secret is not that of the pool.
+func (m *Manager) LoginPool(ctx context.Context, secret, originator string) (xapi.Ref, error) {
+	if !m.isPoolSecret(secret) {
+		return "", xapi.NewError(xapi.SessionAuthenticationFailed).Because(errPoolSecret)
+	}
+	return m.open(ctx, m.poolSession(originator))
+}
+
+var errPoolSecret = errors.New("the pool_secret is wrong")
 
 func (m *Manager) newRecord(kind kind, name, originator string) Record {
 	now := m.now().UTC()
@@ -73,8 +94,9 @@ func (m *Manager) localSession(originator string) Record {
 }
 
 func (m *Manager) poolSession(originator string) Record {
-	rec := m.newRecord(kindPool, "pool", originator)
+	rec := m.newRecord(kindPool, "", originator)
 	rec.Pool, rec.IsLocalSuperuser = true, true
+	rec.UserRef = poolRef
 	return rec
 }
 
@@ -171,7 +193,7 @@ func (m *Manager) authenticate(ctx context.Context, name, password, addr string,
 		return u, wrongPassword(name)
 	}
 	if errors.Is(err, errBusy) {
-		return u, xapi.NewError(xapi.SessionAuthenticationFailed, printable(name), textBusy)
+		return u, xapi.NewError(xapi.SessionAuthenticationFailed, printable(name), textBusy).Because(err)
 	}
 	return u, err
 }

@@ -85,6 +85,7 @@ type Session struct {
 	Stored xapi.Ref
 	Record
 	Role Role
+	// User is the name; "" for a host of the pool.
 	User string
 
 	ctx context.Context
@@ -115,9 +116,13 @@ func StoredRef(secret xapi.Ref) xapi.Ref { return derivedRef("session", string(s
 
 func userRef(name string) xapi.Ref { return derivedRef("user", name) }
 
-// localRef stands for root over the unix socket, which is no record: its
-// sessions survive a change of root's password.
-var localRef = derivedRef("local", Root)
+// localRef stands for root over the unix socket, and poolRef for the hosts of
+// the pool. They are no records: such sessions survive a change of root's
+// password.
+var (
+	localRef = derivedRef("local", Root)
+	poolRef  = derivedRef("pool", "")
+)
 
 // derivedRef makes a reference (a uuid of version 8) from a text.
 func derivedRef(domain, text string) xapi.Ref {

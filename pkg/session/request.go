@@ -12,6 +12,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/sirupsen/logrus"
+
 	"github.com/patchd/patchd/pkg/xapi"
 )
 
@@ -79,7 +81,7 @@ func (m *Manager) FromRequest(r *http.Request) (s *Session, release func(), err 
 	}
 	if secret, ok := credential(r, query, "pool_secret"); ok {
 		if !m.isPoolSecret(secret) {
-			return nil, release, xapi.NewError(xapi.SessionAuthenticationFailed).Because(errors.New("the pool_secret is wrong"))
+			return nil, release, xapi.NewError(xapi.SessionAuthenticationFailed).Because(errPoolSecret)
 		}
 		return m.forRequest(m.poolSession(poolOriginator))
 	}
@@ -182,7 +184,7 @@ func (m *Manager) fromBasic(ctx context.Context, name, password, addr string) (*
 			continue
 		}
 		if err != nil {
-			m.log.WithError(err).WithField("address", printable(addr)).Warn("Basic credentials refused")
+			m.logRefusal(m.log.WithFields(logrus.Fields{"user": printable(name), "originator": basicOriginator, "address": printable(addr)}), err)
 			return nil, func() {}, err
 		}
 		s, err := m.remember(m.userSession(u, basicOriginator))

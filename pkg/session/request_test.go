@@ -20,18 +20,16 @@ func basic(name, password string) string {
 	return "Basic " + base64.StdEncoding.EncodeToString([]byte(name+":"+password))
 }
 
-func TestFromRequest(t *testing.T) {
-	r := newRig(t)
-	r.addUser("ann", "password1", ReadOnly)
-	ref, ann := string(r.login("root", rootPassword)), string(r.login("ann", "password1"))
-	dead := string(xapi.NewRef())
-	for _, c := range []struct {
-		name                  string
-		query, cookie, header string
-		trusted               bool
-		user                  string
-		status                int
-	}{
+type requestCase struct {
+	name                  string
+	query, cookie, header string
+	trusted, pool         bool
+	user                  string
+	status                int
+}
+
+func requestCases(ref, ann, dead string) []requestCase {
+	return []requestCase{
 		{name: "session_id with a raw colon", query: "session_id=" + ref, user: "root"},
 		{name: "session_id percent-encoded", query: "session_id=" + url.QueryEscape(ref) + "&task_id=x", user: "root"},
 		{name: "session_id as cookie", cookie: "session_id=" + ref, user: "root"},
@@ -41,9 +39,9 @@ func TestFromRequest(t *testing.T) {
 		{name: "a dead session_id is not healed by the secret", query: "session_id=" + dead + "&pool_secret=" + testSecret, status: 401},
 		{name: "a session_id that is none", query: "session_id=root", status: 401},
 		{name: "the session_id comes before the secret", query: "pool_secret=" + testSecret + "&session_id=" + ann, user: "ann"},
-		{name: "pool_secret in the query", query: "pool_secret=" + testSecret, user: "pool"},
-		{name: "pool_secret percent-encoded", query: "pool_secret=" + url.QueryEscape(testSecret), user: "pool"},
-		{name: "pool_secret as cookie", cookie: "pool_secret=" + testSecret, user: "pool"},
+		{name: "pool_secret in the query", query: "pool_secret=" + testSecret, pool: true},
+		{name: "pool_secret percent-encoded", query: "pool_secret=" + url.QueryEscape(testSecret), pool: true},
+		{name: "pool_secret as cookie", cookie: "pool_secret=" + testSecret, pool: true},
 		{name: "a wrong pool_secret", query: "pool_secret=" + testSecret + "0", status: 401},
 		{name: "the secret comes before Basic", query: "pool_secret=wrong", header: basic("root", rootPassword), status: 401},
 		{name: "Basic", header: basic("ann", "password1"), user: "ann"},
@@ -57,7 +55,15 @@ func TestFromRequest(t *testing.T) {
 		{name: "nothing over the unix socket", trusted: true, user: "root"},
 		{name: "the unix socket heals nothing", trusted: true, query: "session_id=" + dead, status: 401},
 		{name: "a session over the unix socket", trusted: true, query: "session_id=" + ann, user: "ann"},
-	} {
+	}
+}
+
+func TestFromRequest(t *testing.T) {
+	r := newRig(t)
+	r.addUser("ann", "password1", ReadOnly)
+	ref, ann := string(r.login("root", rootPassword)), string(r.login("ann", "password1"))
+	dead := string(xapi.NewRef())
+	for _, c := range requestCases(ref, ann, dead) {
 		t.Run(c.name, func(t *testing.T) {
 			req := httptest.NewRequest("PUT", "/pool_patch_upload?"+c.query, nil)
 			if c.cookie != "" {
@@ -80,7 +86,7 @@ func TestFromRequest(t *testing.T) {
 				}
 				return
 			}
-			if err != nil || s.User != c.user || s.Context().Err() != nil {
+			if err != nil || s.User != c.user || s.Pool != c.pool || s.Context().Err() != nil {
 				t.Errorf("%v %v", s, err)
 			}
 		})

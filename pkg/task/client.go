@@ -131,11 +131,11 @@ func (m *Manager) SetProgress(ctx context.Context, ref xapi.Ref, fraction float6
 
 // SetResult is a client storing the result of its own unfinished task. It
 // fails with HANDLE_INVALID, VALUE_NOT_SUPPORTED when it is longer than
-// 256 KiB, and OPERATION_NOT_ALLOWED on a task that the server drives or that
+// 128 KiB, and OPERATION_NOT_ALLOWED on a task that the server drives or that
 // has finished.
 func (m *Manager) SetResult(ctx context.Context, ref xapi.Ref, result string) error {
 	if len(result) > maxResult {
-		return xapi.NewError(xapi.ValueNotSupported, "result", cut(result, 64)+"…", "longer than 262144 bytes")
+		return xapi.NewError(xapi.ValueNotSupported, "result", cut(result, 64)+"…", fmt.Sprintf("longer than %d bytes", maxResult))
 	}
 	return m.change(ctx, ref, func(rec *Record) error {
 		if err := clients(*rec); err != nil {
@@ -147,7 +147,7 @@ func (m *Manager) SetResult(ctx context.Context, ref xapi.Ref, result string) er
 }
 
 // SetErrorInfo is a client storing the error of its own unfinished task, code
-// first; at most 17 texts of 64 KiB are kept. It fails as SetResult does.
+// first; at most 17 texts, 64 KiB in all, are kept. It fails as SetResult does.
 func (m *Manager) SetErrorInfo(ctx context.Context, ref xapi.Ref, info []string) error {
 	if len(info) == 0 {
 		info = []string{""}

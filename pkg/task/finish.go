@@ -13,14 +13,15 @@ import (
 )
 
 const (
-	maxResult     = 256 << 10
-	maxErrorParam = 64 << 10
-	maxErrorInfo  = 16 // parameters
+	maxResult     = 128 << 10
+	maxErrorParam = 32 << 10 // bytes of one parameter
+	maxErrorBytes = 64 << 10 // of all
+	maxErrorInfo  = 16       // parameters
 )
 
 // Complete ends a task: success with result when err is nil, cancelled when
 // err is TASK_CANCELLED, else failure with the code and parameters of err.
-// result is the XML-RPC encoding of a value, at most 256 KiB. A task that has
+// result is the XML-RPC encoding of a value, at most 128 KiB. A task that has
 // a terminal status keeps it: Complete then fails with TASK_CANCELLED [ref] or
 // OPERATION_NOT_ALLOWED; a task that is gone gives HANDLE_INVALID.
 func (m *Manager) Complete(ctx context.Context, ref xapi.Ref, result string, err error) error {
@@ -28,7 +29,7 @@ func (m *Manager) Complete(ctx context.Context, ref xapi.Ref, result string, err
 	if h != nil {
 		err = h.outcome(err)
 	}
-	werr := m.end(ctx, ref, h.unwritten(), result, err)
+	werr := m.end(ctx, ref, ending{h.unwritten(), result, err})
 	if h != nil && !running && (werr == nil || ended(werr)) {
 		m.forget(h)
 	}
@@ -44,14 +45,37 @@ func (h *Handle) outcome(err error) error {
 	return err
 }
 
+// ending is how a task ends.
+type ending struct {
+	details map[string]string // for other_config
+	result  string
+	err     error
+}
+
 // end is the one place where a status becomes terminal, but for the bulk of
-// Repair: one transaction that refuses a task that has one.
-func (m *Manager) end(ctx context.Context, ref xapi.Ref, details map[string]string, result string, err error) error {
-	if err == nil && len(result) > maxResult {
-		err = xapi.Internal("the result of the task is longer than %d bytes", maxResult)
+// Repair and a client's own words: one transaction that refuses a task that
+// has one.
+func (m *Manager) end(ctx context.Context, ref xapi.Ref, e ending) error {
+	if e.err == nil && len(e.result) > maxResult {
+		e.err = xapi.Internal("the result of the task is longer than %d bytes", maxResult)
 	}
+	rec, err := m.storeEnd(ctx, ref, e, false)
+	if xapi.Is(err, xapi.MessageTooLarge) { // by what clients put into other_config
+		e.details = nil
+		rec, err = m.storeEnd(ctx, ref, e, true)
+	}
+	if err != nil {
+		return fmt.Errorf("end task %s: %w", ref, err)
+	}
+	m.logEnd(rec, e.err)
+	return nil
+}
+
+// storeEnd is the transaction of end. slim drops other_config: how a task ended
+// has to fit.
+func (m *Manager) storeEnd(ctx context.Context, ref xapi.Ref, e ending, slim bool) (Record, error) {
 	var rec Record
-	werr := m.store.Update(ctx, func(tx *store.Tx) error {
+	err := m.store.Update(ctx, func(tx *store.Tx) error {
 		rec = Record{}
 		if err := tx.Get(Class, ref, &rec); err != nil {
 			return err
@@ -59,16 +83,15 @@ func (m *Manager) end(ctx context.Context, ref xapi.Ref, details map[string]stri
 		if err := unfinished(ref, rec); err != nil {
 			return err
 		}
-		rec.addDetails(details)
-		rec.end(ref, m.clock.Now(), result, err)
+		if slim {
+			rec.OtherConfig = map[string]string{}
+		}
+		rec.addDetails(e.details)
+		rec.end(ref, m.clock.Now(), e.result, e.err)
 		rec.store(tx, ref)
 		return nil
 	})
-	if werr != nil {
-		return fmt.Errorf("end task %s: %w", ref, werr)
-	}
-	m.logEnd(rec, err)
-	return nil
+	return rec, err
 }
 
 func (m *Manager) logEnd(rec Record, err error) {
@@ -109,8 +132,10 @@ func (r *Record) store(tx *store.Tx, ref xapi.Ref) {
 func errorInfo(err error) []string {
 	info := xapi.AsError(err).Description()
 	info = append([]string{}, info[:min(len(info), 1+maxErrorInfo)]...)
+	left := maxErrorBytes
 	for i, s := range info {
-		info[i] = cut(s, maxErrorParam)
+		info[i] = cut(s, min(maxErrorParam, left))
+		left -= len(info[i])
 	}
 	return info
 }
@@ -141,7 +166,7 @@ func (m *Manager) finish(h *Handle, result string, err error) error {
 func (m *Manager) endInTime(h *Handle, result string, err error) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(h.ctx), writeTimeout)
 	defer cancel()
-	return m.end(ctx, h.ref, h.unwritten(), result, err)
+	return m.end(ctx, h.ref, ending{h.unwritten(), result, err})
 }
 
 // interrupted tells whether err is the echo of Stop. Where a cancel came before

@@ -21,7 +21,7 @@ const (
 
 	maxOutput      = 16 << 10
 	maxDetailKey   = 256
-	maxDetailValue = 16 << 10
+	maxDetailValue = 2 << 10
 	maxDetails     = 64
 )
 
@@ -116,25 +116,28 @@ func (h *Handle) Progress(fraction float64) {
 func bound(fraction float64) float64 { return min(max(fraction, 0), 1) }
 
 // Detail puts key into other_config, as throttled as Progress. Keys are cut to
-// 256 bytes, values to their last 16 KiB; after 64 keys new ones are ignored.
+// 256 bytes, values to their last 2 KiB; after 64 keys new ones are ignored.
 func (h *Handle) Detail(key, value string) {
+	h.detail(cut(key, maxDetailKey), tail(value, maxDetailValue))
+}
+
+// Output shows what the work has printed: the last 16 KiB of text stand in
+// other_config under OutputKey. Each call replaces the last.
+func (h *Handle) Output(text string) { h.detail(OutputKey, tail(text, maxOutput)) }
+
+func (h *Handle) detail(key, value string) {
 	if h == nil {
 		return
 	}
-	key = cut(key, maxDetailKey)
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if !h.keys[key] && len(h.keys) >= maxDetails {
 		return
 	}
 	h.keys[key] = true
-	h.details[key] = tail(value, maxDetailValue)
+	h.details[key] = value
 	h.arm()
 }
-
-// Output shows what the work has printed: the last 16 KiB of text stand in
-// other_config under OutputKey. Each call replaces the last.
-func (h *Handle) Output(text string) { h.Detail(OutputKey, tail(text, maxOutput)) }
 
 // arm sees to it that what is new gets written. Call it with mu held.
 func (h *Handle) arm() {

@@ -169,7 +169,7 @@ func (m *Manager) makeRoom(ctx context.Context, user string) error {
 	if user == "" || m.countOf(user) < maxPerUser {
 		return nil
 	}
-	if err := m.GC(ctx); err != nil {
+	if err := m.gc(ctx, 0); err != nil {
 		return err
 	}
 	if n := m.countOf(user); n >= maxPerUser {

@@ -18,6 +18,9 @@ const (
 	pendingFor  = 24 * time.Hour
 	finishedFor = 65 * time.Minute
 	maxFinished = 200
+	// readable is how long a finished task stays at least, so that whoever
+	// asked for the work can see how it ended.
+	readable = time.Minute
 	// batch is how many records one transaction takes: each costs up to two
 	// operations of the 128 that there are.
 	batch = 50
@@ -103,9 +106,12 @@ func (m *Manager) each(f func(ref xapi.Ref, rec Record)) error {
 
 // GC takes old records away: tasks of clients that are pending for more than
 // 24 hours, tasks that finished more than 65 minutes ago, and of the finished
-// ones the oldest beyond 200. Tasks that the server drives stay until they
-// have finished. Call it every few minutes.
-func (m *Manager) GC(ctx context.Context) error {
+// ones the oldest beyond 200, unless they finished within the last minute.
+// Tasks that the server drives stay until they have finished. Call it every
+// few minutes.
+func (m *Manager) GC(ctx context.Context) error { return m.gc(ctx, readable) }
+
+func (m *Manager) gc(ctx context.Context, keep time.Duration) error {
 	now := m.clock.Now()
 	type done struct {
 		ref xapi.Ref
@@ -124,7 +130,9 @@ func (m *Manager) GC(ctx context.Context) error {
 	})
 	slices.SortStableFunc(kept, func(a, b done) int { return cmp.Compare(a.at.UnixNano(), b.at.UnixNano()) })
 	for _, d := range kept[:max(0, len(kept)-maxFinished)] {
-		old = append(old, d.ref)
+		if now.Sub(d.at) >= keep {
+			old = append(old, d.ref)
+		}
 	}
 	for part := range slices.Chunk(old, batch) {
 		if err := m.remove(ctx, part); err != nil {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -132,7 +133,7 @@ func TestGC(t *testing.T) {
 	young := r.create(Spec{})
 	oldDone := r.create(Spec{})
 	wantCode(t, r.Complete(ctx, oldDone, "", nil), "")
-	r.clock.advance(65 * time.Minute)
+	r.clock.advance(65*time.Minute + 1)
 	var done []xapi.Ref
 	for range maxFinished + 70 {
 		ref := r.create(Spec{})
@@ -140,6 +141,11 @@ func TestGC(t *testing.T) {
 		done = append(done, ref)
 		r.clock.advance(time.Millisecond)
 	}
+	wantCode(t, r.GC(ctx), "")
+	if all, _ := allRefs(r); len(all) != len(done)+2 {
+		t.Errorf("%d left: nobody could have seen how they ended", len(all))
+	}
+	r.clock.advance(time.Minute)
 	wantCode(t, r.GC(ctx), "")
 	r.gone(oldPending)
 	r.gone(oldDone)
@@ -245,5 +251,27 @@ func TestClientsDriveTheirOwnTasks(t *testing.T) {
 	wantCode(t, r.SetStatus(ctx, cancelled, Cancelling), "")
 	if s := r.get(cancelled).Status; s != Cancelled {
 		t.Error(s)
+	}
+}
+
+// Whatever clients have put into other_config: a task ends.
+func TestATaskThatIsFullEndsAllTheSame(t *testing.T) {
+	r := newRig(t)
+	ref := r.create(Spec{})
+	_, err := r.Run(t.Context(), ref, func(ctx context.Context, h *Handle) (string, error) {
+		err := r.s.Update(ctx, func(tx *store.Tx) error {
+			rec, err := store.Read[Record](tx, Class, ref)
+			rec.OtherConfig["big"] = strings.Repeat("x", store.MaxBytes-4096)
+			tx.Put(Class, ref, rec)
+			return err
+		})
+		h.Output(strings.Repeat("y", maxOutput))
+		return strings.Repeat("z", maxResult), err
+	})
+	wantCode(t, err, "")
+	rec := r.get(ref)
+	r.wantEnd(rec, Success)
+	if len(rec.Result) != maxResult || len(rec.OtherConfig) != 0 {
+		t.Errorf("%d bytes, %d keys", len(rec.Result), len(rec.OtherConfig))
 	}
 }
