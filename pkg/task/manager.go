@@ -100,7 +100,8 @@ func (m *Manager) Create(ctx context.Context, spec Spec) (xapi.Ref, error) {
 }
 
 // Begin is Create and Adopt in one transaction: the way to make a task that
-// this server is about to Run.
+// this server is about to Run. Such tasks end by themselves, so their number
+// is not limited.
 func (m *Manager) Begin(ctx context.Context, spec Spec) (*Handle, error) {
 	ref, err := m.create(ctx, spec, true)
 	if err != nil {
@@ -138,8 +139,10 @@ func (m *Manager) create(ctx context.Context, spec Spec, driven bool) (xapi.Ref,
 	if err := spec.check(); err != nil {
 		return "", err
 	}
-	if err := m.makeRoom(ctx, spec.User); err != nil {
-		return "", err
+	if !driven { // those end by themselves
+		if err := m.makeRoom(ctx, spec.User); err != nil {
+			return "", err
+		}
 	}
 	ref, rec := xapi.NewRef(), spec.record(m.clock.Now(), m.thisHost())
 	rec.Driven = driven

@@ -185,6 +185,9 @@ func TestAUserCannotHoldTooManyTasks(t *testing.T) {
 	}
 	_, err := r.Create(t.Context(), Spec{User: "joe"})
 	wantCode(t, err, xapi.OperationNotAllowed)
+	h, err := r.Begin(t.Context(), Spec{User: "joe"})
+	wantCode(t, err, "")
+	wantCode(t, r.Complete(t.Context(), h.Ref(), "", nil), "")
 	r.create(Spec{User: "ann"})
 	r.create(Spec{})
 
