@@ -60,7 +60,7 @@ func newPatchBuild(g *global) *cobra.Command {
 			if g.json() {
 				return printJSON(os.Stdout, built)
 			}
-			fmt.Printf("%s: patch %s %s (%s), signed by %s\n", o.Out, built.Info.NameLabel, built.Info.Version, built.Info.UUID, built.Signer)
+			fmt.Printf("%s: patch %s %s (%s), signed by %s\n", o.Out, built.Info.NameLabel, built.Info.Version, built.Info.UUID, built.Signature.Signer)
 			return nil
 		},
 	}

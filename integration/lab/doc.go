@@ -1,0 +1,5 @@
+// Package lab is what the whole-system tests work with: the real patchd as a
+// process of its own on a state directory of the test's, real signatures by
+// gpg, patches made of shell scripts, and a check that nothing is left when
+// the test ends.
+package lab

@@ -1,0 +1,328 @@
+package lab
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// Password is root's in every lab.
+const Password = "lab password"
+
+// Options say how a Host differs from the ordinary.
+type Options struct {
+	Dir     string   // state and patch-dir lie below it; empty: a fresh folder
+	Binary  string   // empty: Binary(t)
+	Flags   []string // further flags of serve
+	Env     []string // further variables of the daemon, and of its runners
+	NoKey   bool     // the lab's key is not trusted
+	NoCheck bool     // do not look for what is left at the end
+}
+
+// Host is one patchd on this machine.
+type Host struct {
+	T        testing.TB
+	StateDir string
+	PatchDir string
+	// URL of plain HTTP, TLSURL of TLS, without a slash at the end.
+	URL, TLSURL string
+
+	o      Options
+	port   [2]int
+	mu     sync.Mutex
+	cmd    *exec.Cmd
+	exited chan struct{}
+	log    *syncBuffer
+}
+
+// Start makes a host and waits until it answers.
+func Start(t testing.TB, o Options) *Host {
+	t.Helper()
+	h := Prepare(t, o)
+	h.Up()
+	return h
+}
+
+// Prepare makes a host that is not up yet.
+func Prepare(t testing.TB, o Options) *Host {
+	t.Helper()
+	if o.Dir == "" {
+		o.Dir = t.TempDir()
+	}
+	if o.Binary == "" {
+		o.Binary = Binary(t)
+	}
+	h := &Host{T: t, StateDir: filepath.Join(o.Dir, "state"), PatchDir: filepath.Join(o.Dir, "patches"), o: o, log: &syncBuffer{}}
+	h.port = [2]int{freePort(t), freePort(t)}
+	h.URL = fmt.Sprintf("http://127.0.0.1:%d", h.port[0])
+	h.TLSURL = fmt.Sprintf("https://127.0.0.1:%d", h.port[1])
+	if !o.NoKey {
+		h.Trust(DefaultKey(t))
+	}
+	t.Cleanup(func() {
+		h.Down()
+		if t.Failed() {
+			t.Logf("the daemon said:\n%s", tail(h.log.String(), 8000))
+		}
+		if !o.NoCheck {
+			h.CheckNothingLeft()
+		}
+	})
+	return h
+}
+
+func freePort(t testing.TB) int {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	return ln.Addr().(*net.TCPAddr).Port
+}
+
+// Trust puts a public key into trusted-keys.
+func (h *Host) Trust(k *Key) {
+	h.T.Helper()
+	dir := filepath.Join(h.StateDir, "trusted-keys")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		h.T.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, k.Fingerprint+".gpg"), k.Public, 0o644); err != nil {
+		h.T.Fatal(err)
+	}
+}
+
+// Distrust removes it again.
+func (h *Host) Distrust(k *Key) {
+	h.T.Helper()
+	if err := os.Remove(filepath.Join(h.StateDir, "trusted-keys", k.Fingerprint+".gpg")); err != nil {
+		h.T.Fatal(err)
+	}
+}
+
+// Launch starts the daemon and does not wait for it. env adds variables for
+// this start only.
+func (h *Host) Launch(env ...string) {
+	h.T.Helper()
+	args := append([]string{
+		"serve", "--state-dir", h.StateDir, "--patch-dir", h.PatchDir,
+		"--listen", fmt.Sprintf("127.0.0.1:%d", h.port[0]), "--tls-listen", fmt.Sprintf("127.0.0.1:%d", h.port[1]),
+		"--bad-password-delay", "200ms", "--grace-timeout", "1s",
+	}, h.o.Flags...)
+	cmd := exec.Command(h.o.Binary, args...)
+	cmd.Env = append(append(append(os.Environ(), "PATCHD_ROOT_PASSWORD="+Password), h.o.Env...), env...)
+	cmd.Stdout, cmd.Stderr = h.log, h.log
+	if err := cmd.Start(); err != nil {
+		h.T.Fatal(err)
+	}
+	exited := make(chan struct{})
+	h.mu.Lock()
+	h.cmd, h.exited = cmd, exited
+	h.mu.Unlock()
+	go func() {
+		cmd.Wait()
+		close(exited)
+	}()
+}
+
+// Up starts the daemon and waits until it answers.
+func (h *Host) Up(env ...string) {
+	h.T.Helper()
+	h.Launch(env...)
+	if err := h.Ready(60 * time.Second); err != nil {
+		h.T.Fatalf("%v\nthe daemon said:\n%s", err, tail(h.log.String(), 8000))
+	}
+}
+
+// Ready waits until /healthz answers 200 or the daemon ends.
+func (h *Host) Ready(limit time.Duration) error {
+	end := time.Now().Add(limit)
+	for time.Now().Before(end) {
+		select {
+		case <-h.Exited():
+			return fmt.Errorf("the daemon ended: %v", h.cmd.ProcessState)
+		default:
+		}
+		res, err := http.Get(h.URL + "/healthz")
+		if err == nil {
+			io.Copy(io.Discard, res.Body)
+			res.Body.Close()
+			if res.StatusCode == http.StatusOK {
+				return nil
+			}
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	return fmt.Errorf("the daemon does not answer within %s", limit)
+}
+
+// Exited is closed when the daemon's process has ended.
+func (h *Host) Exited() <-chan struct{} {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.exited == nil {
+		c := make(chan struct{})
+		close(c)
+		return c
+	}
+	return h.exited
+}
+
+// Pid is the daemon's process, or 0.
+func (h *Host) Pid() int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.cmd == nil {
+		return 0
+	}
+	return h.cmd.Process.Pid
+}
+
+// Kill ends the daemon by SIGKILL and waits for its end.
+func (h *Host) Kill() {
+	h.T.Helper()
+	h.signal(syscall.SIGKILL)
+	<-h.Exited()
+}
+
+// Down ends the daemon by SIGTERM; it must be gone within seconds.
+func (h *Host) Down() {
+	h.T.Helper()
+	select {
+	case <-h.Exited():
+		return
+	default:
+	}
+	h.signal(syscall.SIGTERM)
+	select {
+	case <-h.Exited():
+	case <-time.After(20 * time.Second):
+		h.T.Errorf("the daemon does not end after SIGTERM")
+		h.signal(syscall.SIGQUIT)
+		h.Kill()
+	}
+}
+
+func (h *Host) signal(sig os.Signal) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.cmd != nil {
+		h.cmd.Process.Signal(sig)
+	}
+}
+
+// Restart is Down and Up.
+func (h *Host) Restart() {
+	h.T.Helper()
+	h.Down()
+	h.Up()
+}
+
+// Log is what the daemon has said so far, over all its starts.
+func (h *Host) Log() string { return h.log.String() }
+
+// CLI runs patchd's own command line over the unix socket.
+func (h *Host) CLI(args ...string) (stdout, stderr string, code int) {
+	h.T.Helper()
+	return h.CLIInput("", args...)
+}
+
+// CLIInput is CLI with a standard input.
+func (h *Host) CLIInput(input string, args ...string) (stdout, stderr string, code int) {
+	h.T.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, h.o.Binary, args...)
+	cmd.Env = append(os.Environ(), "PATCHD_STATE_DIR="+h.StateDir)
+	cmd.Stdin = strings.NewReader(input)
+	var out, errs bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	err := cmd.Run()
+	if cmd.ProcessState == nil {
+		h.T.Fatalf("patchd %v: %v", args, err)
+	}
+	return out.String(), errs.String(), cmd.ProcessState.ExitCode()
+}
+
+// GroupPrefix is the folder of the daemon's control groups.
+func (h *Host) GroupPrefix() string {
+	sum := sha256.Sum256([]byte(h.StateDir))
+	return "patchd-" + hex.EncodeToString(sum[:6])
+}
+
+// Left lists what belongs to this host and should not be there when nothing
+// runs: loop devices, mounts, processes in its control groups, journal
+// folders, and volumes that are not live VDIs.
+func (h *Host) Left() []string {
+	var left []string
+	loops, _ := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	for _, f := range loops {
+		if b, err := os.ReadFile(f); err == nil && strings.Contains(string(b), filepath.Dir(h.StateDir)+"/") && !strings.Contains(string(b), "/disk.img") {
+			left = append(left, "loop device of "+strings.TrimSpace(string(b)))
+		}
+	}
+	mounts, _ := os.ReadFile("/proc/self/mountinfo")
+	for _, line := range strings.Split(string(mounts), "\n") {
+		if f := strings.Fields(line); len(f) > 4 && strings.HasPrefix(f[4], h.StateDir+"/") {
+			left = append(left, "mount at "+f[4])
+		}
+	}
+	groups, _ := filepath.Glob("/sys/fs/cgroup/*/" + h.GroupPrefix() + "/*/cgroup.procs")
+	direct, _ := filepath.Glob("/sys/fs/cgroup/" + h.GroupPrefix() + "/*/cgroup.procs")
+	for _, g := range append(groups, direct...) {
+		if b, err := os.ReadFile(g); err == nil && len(b) > 0 {
+			left = append(left, "processes in "+g+": "+strings.Join(strings.Fields(string(b)), " "))
+		}
+	}
+	jobs, _ := filepath.Glob(filepath.Join(h.StateDir, "jobs", "*"))
+	left = append(left, jobs...)
+	volumes, _ := filepath.Glob(filepath.Join(h.StateDir, "sr", "*.*.*"))
+	return append(left, volumes...)
+}
+
+// CheckNothingLeft fails the test when Left finds anything.
+func (h *Host) CheckNothingLeft() {
+	h.T.Helper()
+	var left []string
+	for range 50 { // what was killed a moment ago needs one to be gone
+		if left = h.Left(); len(left) == 0 {
+			return
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	h.T.Errorf("left behind: %s", strings.Join(left, "; "))
+}
+
+func tail(s string, n int) string { return s[max(0, len(s)-n):] }
+
+// syncBuffer keeps what the daemon says.
+type syncBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (s *syncBuffer) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.Write(p)
+}
+
+func (s *syncBuffer) String() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.String()
+}
