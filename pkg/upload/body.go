@@ -41,6 +41,7 @@ type body struct {
 
 // newBody wraps the body of c. close is to be called when it is no longer read.
 func (c *call) newBody(ctx context.Context, t *task.Handle) *body {
+	c.invited = true
 	b := &body{ctx: ctx, r: c.r.Body, rc: c.rc, stall: c.h.Stall, length: c.r.ContentLength, task: t}
 	if b.length == unknownLength {
 		b.length, b.openEnd = -1, true

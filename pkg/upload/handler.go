@@ -132,9 +132,10 @@ type call struct {
 	sess *session.Session
 	log  logrus.FieldLogger
 
-	given  xapi.Ref // task_id, or ""
-	ref    xapi.Ref // the task
-	answer bool     // the status is out
+	given   xapi.Ref // task_id, or ""
+	ref     xapi.Ref // the task
+	answer  bool     // the status is out
+	invited bool     // the client was told that it may send the body
 }
 
 // accept finds out who calls and whether they may. On false the answer is
@@ -172,6 +173,9 @@ func (c *call) failTask(err error) {
 	if c.given == "" {
 		return
 	}
+	if rec, gerr := c.h.Tasks.Get(c.given); gerr != nil || !c.mayUse(rec) {
+		return
+	}
 	if _, aerr := c.h.Tasks.Adopt(c.given); aerr != nil {
 		return // unknown, finished, or driven by another request
 	}
@@ -205,13 +209,19 @@ func (c *call) begin() bool {
 	return true
 }
 
+// mayUse tells whether the task is the caller's own, or the caller an admin. Of
+// a caller who is not known only the ref is known: it fails the task (xapi does).
+func (c *call) mayUse(rec task.Record) bool {
+	return c.sess == nil || rec.OwnedBy(c.sess.Stored, c.sess.User) || c.sess.Role.AtLeast(session.PoolAdmin)
+}
+
 // adopt takes over the client's task, which must be its own.
 func (c *call) adopt() error {
 	rec, err := c.h.Tasks.Get(c.given)
 	if err != nil {
 		return err
 	}
-	if !rec.OwnedBy(c.sess.Stored, c.sess.User) && !c.sess.Role.AtLeast(session.PoolAdmin) {
+	if !c.mayUse(rec) {
 		return xapi.NewError(xapi.RBACPermissionDenied, "task", "the task belongs to another user")
 	}
 	if _, err := c.h.Tasks.Adopt(c.given); err != nil {

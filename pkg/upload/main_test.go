@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -102,7 +103,7 @@ type env struct {
 	server   *httptest.Server
 	session  xapi.Ref // of root
 	options  Options
-	keepFree int64 // of the SR
+	keepFree atomic.Int64 // of the SR
 }
 
 func newEnv(t *testing.T, change ...func(*Options)) *env {
@@ -139,18 +140,23 @@ func newEnv(t *testing.T, change ...func(*Options)) *env {
 	for _, f := range change {
 		f(&e.options)
 	}
-	router := mux.NewRouter()
-	New(e.options).Routes(router)
-	e.server = httptest.NewServer(router)
-	t.Cleanup(e.server.Close)
+	e.serve(e.options)
 	return e
+}
+
+// serve starts a server, perhaps another one than before.
+func (e *env) serve(o Options) {
+	router := mux.NewRouter()
+	New(o).Routes(router)
+	e.server = httptest.NewServer(router)
+	e.t.Cleanup(e.server.Close)
 }
 
 func (e *env) addSR() {
 	e.t.Helper()
 	ctx := context.Background()
 	uuid := xapi.NewUUID()
-	c := sr.Config{SR: uuid, Device: map[string]string{"location": filepath.Join(e.t.TempDir(), "sr")}, KeepFree: func(string) int64 { return e.keepFree }}
+	c := sr.Config{SR: uuid, Device: map[string]string{"location": filepath.Join(e.t.TempDir(), "sr")}, KeepFree: func(string) int64 { return e.keepFree.Load() }}
 	driver := &file.Driver{}
 	if err := driver.Create(ctx, c); err != nil {
 		e.t.Fatal(err)

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -189,9 +190,9 @@ func TestUploadWithoutRoomIsRefusedBeforeTheBody(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	e.keepFree = st.Free - 5*mib
-	read := 0
-	body := readerFunc(func(p []byte) (int, error) { read += len(p); return len(p), nil })
+	e.keepFree.Store(st.Free - 5*mib)
+	var read atomic.Int64
+	body := readerFunc(func(p []byte) (int, error) { read.Add(int64(len(p))); return len(p), nil })
 	status, p, text := e.put(e.url("/pool_patch_upload"), body, func(r *http.Request) {
 		r.ContentLength = 100 * mib
 		r.Header.Set("Expect", "100-continue")
@@ -200,10 +201,10 @@ func TestUploadWithoutRoomIsRefusedBeforeTheBody(t *testing.T) {
 	if status != 507 || p.Code != xapi.OutOfSpace || !slices.Equal(p.Params, []string{want}) {
 		t.Errorf("%d %s", status, text)
 	}
-	if read > 50*mib {
-		t.Errorf("%d bytes were sent", read)
+	if n := read.Load(); n > 50*mib {
+		t.Errorf("%d bytes were sent", n)
 	}
-	e.keepFree = 0
+	e.keepFree.Store(0)
 	e.pool.plugged = false
 	if status, p, _ := e.put(e.url("/pool_patch_upload"), strings.NewReader("x")); status != 409 || p.Code != xapi.DefaultSRNotFound {
 		t.Errorf("without an SR: %d %+v", status, p)
@@ -266,6 +267,12 @@ func TestCredentials(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			e.t = t
 			ref := e.newTask()
+			if c.session == reader {
+				var err error
+				if ref, err = e.tasks.Create(ctx, task.Spec{Label: "x", User: "reader"}); err != nil {
+					t.Fatal(err)
+				}
+			}
 			q := "?task_id=" + string(ref)
 			if c.session != "" {
 				q += "&session_id=" + string(c.session)
@@ -329,7 +336,7 @@ func TestAFullDiskWhileStreamingIsOutOfSpace(t *testing.T) {
 			return 0, io.EOF
 		}
 		if sent > mib && half != nil {
-			e.keepFree = st.Free + 1<<40
+			e.keepFree.Store(st.Free + 1<<40)
 			close(half)
 			half = nil
 		}

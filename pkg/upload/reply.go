@@ -75,12 +75,18 @@ func describe(err error) (int, problem) {
 // ok sends 200 and the headers before the body is read. A client that asked
 // whether it may go on is told to first.
 func (c *call) ok() {
-	if c.r.ProtoAtLeast(1, 1) && strings.EqualFold(c.r.Header.Get("Expect"), "100-continue") {
+	if c.asks() {
 		c.w.WriteHeader(http.StatusContinue)
 	}
+	c.invited = true
 	c.w.WriteHeader(http.StatusOK)
 	c.rc.Flush() //nolint:errcheck // the next read or write shows it
 	c.answer = true
+}
+
+// asks tells whether the client waits to be told that it may send the body.
+func (c *call) asks() bool {
+	return c.r.ProtoAtLeast(1, 1) && strings.EqualFold(c.r.Header.Get("Expect"), "100-continue")
 }
 
 // refuse answers with the status of err, unless a status is out already.
@@ -109,7 +115,7 @@ func (c *call) reply(status int, v any) {
 // linger reads what the client still sends, for a while: a connection closed
 // with unread bytes is reset, and the answer is lost.
 func (c *call) linger() {
-	if c.r.Body == nil || c.r.Body == http.NoBody {
+	if c.r.Body == nil || c.r.Body == http.NoBody || c.asks() && !c.invited {
 		return
 	}
 	if c.rc.SetReadDeadline(time.Now().Add(c.h.Linger)) != nil {

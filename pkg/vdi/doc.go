@@ -34,8 +34,9 @@ const (
 	unknownSize = 4 * gib
 	// minSize is the smallest virtual size.
 	minSize = 4 * mib
-	// maxSize is the largest image a filesystem is made in: above it the copies
-	// of the group descriptors no longer fit a last group of 1 MiB.
+	// maxSize is the largest filesystem that is made; the rest of a larger image
+	// stays unused. Above it the copies of the group descriptors no longer fit a
+	// last group of 1 MiB.
 	maxSize = 1024 * gib
 )
 

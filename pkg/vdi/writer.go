@@ -58,17 +58,17 @@ type Writer struct {
 //
 // Codes: MESSAGE_TOO_LARGE when the image cannot hold expect bytes.
 func NewWriter(ctx context.Context, f *os.File, virtualSize, expect int64) (*Writer, error) {
-	if virtualSize < minSize || virtualSize > maxSize || virtualSize%blockSize != 0 {
-		return nil, fmt.Errorf("image of %d bytes: not between %d and %d, in blocks of %d", virtualSize, minSize, maxSize, blockSize)
+	if virtualSize < minSize || virtualSize%blockSize != 0 {
+		return nil, fmt.Errorf("image of %d bytes: smaller than %d, or not in blocks of %d", virtualSize, minSize, blockSize)
 	}
-	if expect > virtualSize {
+	if expect > min(virtualSize, maxSize) {
 		return nil, tooLarge(virtualSize, nil)
 	}
 	if err := checkFresh(f, virtualSize); err != nil {
 		return nil, err
 	}
 	w := &Writer{
-		ctx: ctx, f: f, out: openDirect(f), size: virtualSize,
+		ctx: ctx, f: f, out: openDirect(f), size: min(virtualSize, maxSize),
 		empty: make(chan []byte, 2), full: make(chan []byte, 2), done: make(chan struct{}),
 	}
 	length := bufferSize

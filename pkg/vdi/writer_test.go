@@ -284,7 +284,7 @@ func TestNewWriterRefuses(t *testing.T) {
 	}{
 		{"an image that holds data", used, 8 * mib, 1, "not fresh"},
 		{"an image shorter than said", fresh(t, 4*mib), 8 * mib, 1, "bytes long"},
-		{"an image below the smallest", fresh(t, mib), mib, 1, "not between"},
+		{"an image below the smallest", fresh(t, mib), mib, 1, "smaller than"},
 		{"more than the image holds", fresh(t, 4*mib), 4 * mib, 5 * mib, xapi.MessageTooLarge},
 	} {
 		t.Run(c.name, func(t *testing.T) {
