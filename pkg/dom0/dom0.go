@@ -50,12 +50,15 @@ type Dom0 interface {
 
 	// Run runs c to its end and kills whatever is left in its control group.
 	// An exit status other than 0 is a Result, not an error; an error means
-	// that the program could not be started or its end not be learned.
+	// that the program could not be started (*StartError) or its end not be
+	// learned. When ctx ends, the program is ended as by Timeout, and the error
+	// is the cause of ctx. A group that a process lives in is ErrGroupBusy.
 	Run(ctx context.Context, c Cmd) (Result, error)
 
 	// Spawn starts c as a process of its own: own session, own control group
 	// outside that of this service, standard streams from Cmd. It goes on when this
-	// process ends. The pid is for logs: find it again by Alive(c.Group).
+	// process ends. The pid is for logs: find it again by Alive(c.Group). The
+	// errors are those of Run. The group stays, empty at last, until Kill.
 	Spawn(ctx context.Context, c Cmd) (pid int, err error)
 
 	// Alive tells whether a process lives in the control group.
@@ -122,7 +125,8 @@ type Cmd struct {
 	Timeout time.Duration
 	Grace   time.Duration
 
-	// Sandbox locks the program down; nil runs it with all rights.
+	// Sandbox locks the program down; nil runs it with all rights. A sandbox
+	// without Group gets one named "sandbox-…"; it dies with its parent.
 	Sandbox *Sandbox
 
 	// PrivateMounts gives the program a mount namespace of its own with slave

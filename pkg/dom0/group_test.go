@@ -122,6 +122,15 @@ func gonePID(t *testing.T, text string) {
 	})
 }
 
+func TestALateReaderIsNoStraggler(t *testing.T) {
+	hierarchies(t, func(t *testing.T, s *System) {
+		c := Cmd{Path: "/bin/bash", Args: []string{"-c", "exec > >(sleep 0.03; cat); echo last words"}, Env: []string{"PATH=/usr/bin:/bin"}, Group: "g"}
+		if r, out := run(t, s, c); r != (Result{}) || out != "last words\n" {
+			t.Errorf("%+v %q", r, out)
+		}
+	})
+}
+
 func TestTermReachesTheWholeGroup(t *testing.T) {
 	hierarchies(t, func(t *testing.T, s *System) {
 		c := sh("setsid sh -c 'trap \"echo child; exit\" TERM; echo up; while :; do sleep 0.01; done' & trap '' TERM; wait; echo main; exit 6")

@@ -2,6 +2,7 @@ package dom0
 
 import (
 	"fmt"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -83,7 +84,7 @@ func reapAll(program int) shimStatus {
 			if ws.Signaled() {
 				said.Signal = int(ws.Signal())
 			}
-			unix.Kill(-1, unix.SIGKILL)
+			time.AfterFunc(settleTime, func() { unix.Kill(-1, unix.SIGKILL) })
 		case over && ws.Signaled() && ws.Signal() == unix.SIGKILL:
 			said.Straggler = true
 		}

@@ -29,8 +29,8 @@ func (s *System) Run(ctx context.Context, c Cmd) (Result, error) {
 }
 
 func (s *System) run(ctx context.Context, c Cmd) (r Result, err error) {
-	if c.Sandbox != nil && c.Group == "" {
-		c.Group = s.sandboxGroup()
+	if c.Sandbox != nil {
+		c.Group = s.sandboxGroup(c.Group)
 	}
 	e, release, err := s.openGroup(c)
 	if err != nil {
@@ -61,6 +61,10 @@ func (s *System) run(ctx context.Context, c Cmd) (r Result, err error) {
 	r.Straggler = r.Straggler || left
 	return r, errors.Join(err, killErr, resErr)
 }
+
+// settleTime is what children get to end by themselves after the program:
+// what reads its last output through a pipe ends a moment later.
+const settleTime = 200 * time.Millisecond
 
 // supervise waits for the end of the program, and brings it about when time is
 // up or ctx ends.
@@ -114,7 +118,10 @@ func (s *System) finish(p *process, c Cmd) (left bool, err error) {
 	if g == nil {
 		return false, nil
 	}
-	if left, err = g.alive(c.Group); err != nil || !left {
+	limit, cancel := context.WithTimeout(context.Background(), settleTime)
+	defer cancel()
+	err = g.wait(limit, c.Group)
+	if !errors.Is(err, context.DeadlineExceeded) {
 		return false, err
 	}
 	return true, killGroup(g, c.Group)
@@ -155,9 +162,12 @@ func (s *System) groupsFor(c Cmd) hierarchy {
 
 // sandboxGroup names a group for a sandbox that was not given one. Without any
 // hierarchy its process namespace has to do.
-func (s *System) sandboxGroup() string {
+func (s *System) sandboxGroup(given string) string {
 	if s.groups == nil {
 		return ""
+	}
+	if given != "" {
+		return given
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -127,7 +127,7 @@ func (b *sandboxSpec) build() (step string, err error) {
 	}
 	dev, err := attachImage(context.Background(), b.Image, true)
 	if err != nil {
-		return "mount", err
+		return "attach", err
 	}
 	defer dev.Close()
 	hide := existing(append([]string{"/run"}, b.Hide...))

@@ -151,6 +151,7 @@ func TestSandboxEndsHoweverThePatchBehaves(t *testing.T) {
 		"kills all it sees":  {"kill -9 -1; kill -9 1; exit 8", 0, Result{ExitCode: 8}},
 		"leaves dead":        {"sh -c 'exit 1' & sh -c 'exit 2' & wait; exit 3", 0, Result{ExitCode: 3}},
 		"fork bomb":          {"bomb() { bomb | bomb & }; bomb 2>/dev/null; sleep 1000", 500 * time.Millisecond, Result{TimedOut: true}},
+		"late reader":        {"(sleep 0.05; exit 0) & exit 6", 0, Result{ExitCode: 6}},
 		"exits with a queue": {"yes | head -c 300000; exit 5", 0, Result{ExitCode: 5}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -183,7 +184,7 @@ func TestSandboxOfABadImageIsAStartError(t *testing.T) {
 		want              error
 	}{
 		"not a filesystem": {garbage, "/patch", "mount", unix.EINVAL},
-		"no image":         {garbage + ".absent", "/patch", "mount", os.ErrNotExist},
+		"no image":         {garbage + ".absent", "/patch", "attach", os.ErrNotExist},
 		"no patch":         {c.Sandbox.Image, "/absent", "exec", os.ErrNotExist},
 		"not a program":    {newImage(t, map[string]string{"patch": "xx"}), "/patch", "exec", unix.ENOEXEC},
 	} {
@@ -218,7 +219,7 @@ func TestSandboxWithoutGroupsIsEndedByItsNamespace(t *testing.T) {
 	s := newSystem(t, Options{})
 	s.groups = nil
 	c := boxed(t, "trap '' TERM; setsid sleep 1000 & sleep 1000")
-	c.Timeout, c.Grace = 300*time.Millisecond, 100*time.Millisecond
+	c.Timeout, c.Grace, c.Group = 300*time.Millisecond, 100*time.Millisecond, "ignored"
 	if r, _ := run(t, s, c); !r.TimedOut {
 		t.Errorf("%+v", r)
 	}

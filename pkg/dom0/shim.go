@@ -169,9 +169,15 @@ func (l *shimLink) read(deadline time.Time) (shimStatus, error) {
 	return said, nil
 }
 
-// MaybeShim turns this process into the shim when it was started as one, and
-// does not return then. It must be the first thing that main, and TestMain of
-// every test that runs programs, does.
+// init turns this process into the shim when it was started as one. Every
+// program that can start a shim can so be one: it cannot be forgotten in a
+// main or TestMain, where the tests would start themselves over and over. And
+// it comes before the initialisation of most other packages, which costs more
+// than all that the shim does.
+func init() { MaybeShim() }
+
+// MaybeShim does not return in a process that was started as the shim. To
+// import this package is enough: init calls it.
 func MaybeShim() {
 	if len(os.Args) != 2 || os.Args[0] != shimName {
 		return

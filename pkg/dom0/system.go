@@ -23,9 +23,9 @@ type Options struct {
 	// Nil: nothing is logged.
 	Log logrus.FieldLogger
 
-	// SandboxExe is the program that is started to prepare namespaces; its main
-	// must begin with MaybeShim. Empty: this program, even when its file
-	// was replaced meanwhile.
+	// SandboxExe is the program that is started to prepare namespaces: any that
+	// imports this package. Empty: this program, even when its file was
+	// replaced meanwhile.
 	SandboxExe string
 
 	// CgroupPrefix is the folder of all groups below the root of the

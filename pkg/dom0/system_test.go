@@ -17,7 +17,6 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	MaybeShim()
 	if len(os.Args) > 2 && os.Args[1] == "helper" {
 		os.Exit(helper(os.Args[2:]))
 	}
@@ -147,6 +146,8 @@ func helper(args []string) int {
 		err = helperHold(args[1], args[2])
 	case "sandbox":
 		err = helperSandbox(args[1], args[2])
+	case "effects":
+		err = helperEffects(args[1], args[2])
 	case "remount":
 		err = helperRemount()
 	default:

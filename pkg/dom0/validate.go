@@ -9,8 +9,9 @@ import (
 
 // StartError says that a program could not be started. Step is "exec" when
 // the program itself was refused by the kernel (absent, not executable, not a
-// program), "mount" when the image of a sandbox could not be attached or
-// mounted; both are the fault of what was to be run. Any other step is ours.
+// program), "mount" when the filesystem in the image of a sandbox could not be
+// mounted; both are the fault of what was to be run. Any other step, "attach"
+// for one, is the fault of this machine.
 type StartError struct {
 	Step string
 	Path string

@@ -19,7 +19,6 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	dom0.MaybeShim()
 	goleak.VerifyTestMain(m)
 }
 
