@@ -178,17 +178,26 @@ func TestScratch(t *testing.T) {
 }
 
 func TestZerosStayHoles(t *testing.T) {
-	zeros := func() io.Reader { return io.LimitReader(zeroReader{}, 2*gib+1000) }
-	f, n := write(t, Size(-1), -1, io.MultiReader(payload(mib+1), zeros(), payload(mib)))
-	if n != 2*gib+1000+2*mib+1 {
+	const zeros = 2*gib + 1000
+	f, n := write(t, Size(-1), -1, io.MultiReader(payload(mib+1), io.LimitReader(zeroReader{}, zeros), payload(mib)))
+	if n != zeros+2*mib+1 {
 		t.Fatalf("%d bytes", n)
 	}
 	fsck(t, f.Name())
-	a, err := Allocated(f)
-	if err != nil || a > 4*mib {
+	if a, err := Allocated(f); err != nil || a > 4*mib {
 		t.Errorf("image takes %d bytes, %v", a, err)
 	}
-	checkMounted(t, f.Name(), n, io.MultiReader(payload(mib+1), zeros(), payload(mib)))
+	p, err := os.Open(filepath.Join(mount(t, f.Name(), "ro,noload"), FileName))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	if st, err := p.Stat(); err != nil || st.Size() != n {
+		t.Errorf("patch has %d bytes, %v; want %d", st.Size(), err, n)
+	}
+	same(t, io.NewSectionReader(p, 0, 3*mib), io.MultiReader(payload(mib+1), io.LimitReader(zeroReader{}, 2*mib-1)))
+	same(t, io.NewSectionReader(p, n/2, 3*mib), io.LimitReader(zeroReader{}, 3*mib))
+	same(t, io.NewSectionReader(p, n-mib-9, mib+9), io.MultiReader(io.LimitReader(zeroReader{}, 9), payload(mib)))
 }
 
 type zeroReader struct{}
