@@ -128,6 +128,28 @@ func checkMounted(t *testing.T, image string, size int64, want io.Reader) {
 	unmount(t, dir)
 }
 
+// openPatch opens `patch` in an image that stays mounted until the test ends.
+func openPatch(t *testing.T, image string, size int64) *os.File {
+	t.Helper()
+	p, err := os.Open(filepath.Join(mount(t, image, "ro,noload"), FileName))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { p.Close() })
+	if st, err := p.Stat(); err != nil || st.Size() != size {
+		t.Errorf("patch has %d bytes, %v; want %d", st.Size(), err, size)
+	}
+	return p
+}
+
+// checkEnd compares the end of `patch`: zeros, then the payload of n bytes.
+func checkEnd(t *testing.T, image string, size, n int64) {
+	t.Helper()
+	p := openPatch(t, image, size)
+	zeros := min(size-n, 2*mib)
+	same(t, io.NewSectionReader(p, size-n-zeros, n+zeros), io.MultiReader(io.LimitReader(zeroReader{}, zeros), payload(n)))
+}
+
 func TestWriteSizes(t *testing.T) {
 	for _, n := range []int64{0, 1, 4095, 4096, 4097, 65536, mib - 1, mib, 3 * mib, bufferSize - 1, bufferSize, bufferSize + 1, 9*mib + 5} {
 		for _, known := range []bool{true, false} {
@@ -187,14 +209,7 @@ func TestZerosStayHoles(t *testing.T) {
 	if a, err := Allocated(f); err != nil || a > 4*mib {
 		t.Errorf("image takes %d bytes, %v", a, err)
 	}
-	p, err := os.Open(filepath.Join(mount(t, f.Name(), "ro,noload"), FileName))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer p.Close()
-	if st, err := p.Stat(); err != nil || st.Size() != n {
-		t.Errorf("patch has %d bytes, %v; want %d", st.Size(), err, n)
-	}
+	p := openPatch(t, f.Name(), n)
 	same(t, io.NewSectionReader(p, 0, 3*mib), io.MultiReader(payload(mib+1), io.LimitReader(zeroReader{}, 2*mib-1)))
 	same(t, io.NewSectionReader(p, n/2, 3*mib), io.LimitReader(zeroReader{}, 3*mib))
 	same(t, io.NewSectionReader(p, n-mib-9, mib+9), io.MultiReader(io.LimitReader(zeroReader{}, 9), payload(mib)))
@@ -226,12 +241,9 @@ func TestWriteEndsAtTheEdgeOfARow(t *testing.T) {
 		for _, d := range []int64{-blockSize - 1, -1, 0, 1, blockSize} {
 			n := edges[i] + d
 			t.Run(fmt.Sprintf("row %d %+d", i, d), func(t *testing.T) {
-				r := func() io.Reader {
-					return io.MultiReader(io.LimitReader(zeroReader{}, n-9000), payload(9000))
-				}
-				f, _ := write(t, gib, -1, r())
+				f, _ := write(t, gib, -1, io.MultiReader(io.LimitReader(zeroReader{}, n-9000), payload(9000)))
 				fsck(t, f.Name())
-				checkMounted(t, f.Name(), n, r())
+				checkEnd(t, f.Name(), n, 9000)
 			})
 		}
 	}
@@ -275,7 +287,7 @@ func TestWriteFillsTheWholeImageAndRefusesMore(t *testing.T) {
 			}
 			g, _ := write(t, size, -1, io.MultiReader(io.LimitReader(zeroReader{}, held-5000), payload(5000)))
 			fsck(t, g.Name())
-			checkMounted(t, g.Name(), held, io.MultiReader(io.LimitReader(zeroReader{}, held-5000), payload(5000)))
+			checkEnd(t, g.Name(), held, 5000)
 		})
 	}
 }
@@ -444,54 +456,4 @@ func TestWriteReadsBack(t *testing.T) {
 			rt.Fatal("other bytes than were written")
 		}
 	})
-}
-
-func BenchmarkFill1GiB(b *testing.B) {
-	chunk, _ := io.ReadAll(payload(mib))
-	b.Run("image", func(b *testing.B) {
-		b.SetBytes(gib)
-		for range b.N {
-			f := fresh(b, 4*gib)
-			w, err := NewWriter(context.Background(), f, 4*gib, gib)
-			if err != nil {
-				b.Fatal(err)
-			}
-			for range gib / mib {
-				if _, err := w.Write(chunk); err != nil {
-					b.Fatal(err)
-				}
-			}
-			if _, err := w.Finish(context.Background()); err != nil {
-				b.Fatal(err)
-			}
-			os.Remove(f.Name())
-		}
-	})
-	b.Run("raw file", func(b *testing.B) {
-		b.SetBytes(gib)
-		for range b.N {
-			f := fresh(b, 4*gib)
-			for i := range gib / mib {
-				if _, err := f.WriteAt(chunk, i*mib); err != nil {
-					b.Fatal(err)
-				}
-			}
-			if err := f.Sync(); err != nil {
-				b.Fatal(err)
-			}
-			os.Remove(f.Name())
-		}
-	})
-}
-
-func BenchmarkLayout(b *testing.B) {
-	for _, size := range []int64{4 * mib, 4 * gib, 32 * gib} {
-		b.Run(fmt.Sprintf("%d MiB", size/mib), func(b *testing.B) {
-			for range b.N {
-				if _, err := newLayout(size); err != nil {
-					b.Fatal(err)
-				}
-			}
-		})
-	}
 }
