@@ -216,6 +216,18 @@ func argument(v any) any {
 		return stringsToAny(v)
 	case map[string]string:
 		return mapToAny(v)
+	case []any:
+		out := make([]any, len(v))
+		for i := range v {
+			out[i] = argument(v[i])
+		}
+		return out
+	case map[string]any:
+		out := make(map[string]any, len(v))
+		for k := range v {
+			out[k] = argument(v[k])
+		}
+		return out
 	}
 	return v
 }

@@ -34,7 +34,7 @@ func eventMessages(m *Model) []*Message {
 		look("event", "unregister", Void, func(c *call) (any, error) {
 			return nil, c.srv.Events.Unregister(c.sess.Ref, c.texts(0))
 		}, classes),
-		look("event", "next", eventBatch, func(c *call) (any, error) {
+		look("event", "next", SetOf(RecordOf("event")), func(c *call) (any, error) {
 			events, err := c.srv.Events.Next(c.ctx, c.sess.Ref, render)
 			if err != nil {
 				return nil, err
