@@ -19,6 +19,9 @@
 // Run starts one program, waits for it and leaves nothing of it behind: what
 // remains in its control group is killed. Spawn starts one that outlives the
 // caller; Alive and Kill find it again by the name of its control group.
+//
+// What must happen between fork and exec, namespaces above all, is done by the
+// shim: this program, started again, as init of this package notices.
 package dom0
 
 import (

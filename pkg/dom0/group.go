@@ -36,6 +36,8 @@ type entry struct {
 	dir  *os.File
 	join []string
 	env  []string
+	// bounded: the number of processes in the group has a limit of its own.
+	bounded bool
 }
 
 func (e entry) close() {
@@ -44,15 +46,22 @@ func (e entry) close() {
 	}
 }
 
-// detect chooses the best hierarchy that is mounted here and writable.
-func detect(prefix string, allowNone bool) (hierarchy, error) {
+// detect chooses the best hierarchy that is mounted here and writable, and the
+// v1 controller of the number of processes, or nil.
+func detect(prefix string, allowNone bool) (h hierarchy, pids *folder, err error) {
 	mounts, err := mountinfo.GetMounts(func(i *mountinfo.Info) (skip, stop bool) {
 		return i.FSType != "cgroup2" && i.FSType != "cgroup", false
 	})
 	if err != nil {
-		return nil, fmt.Errorf("look for control groups: %w", err)
+		return nil, nil, fmt.Errorf("look for control groups: %w", err)
 	}
-	return choose(mounts, prefix, allowNone)
+	for _, m := range mounts {
+		if m.FSType == "cgroup" && hasOption(m.VFSOptions, "pids") && unix.Access(m.Mountpoint, unix.W_OK) == nil {
+			pids = &folder{filepath.Join(m.Mountpoint, prefix), m.Mountpoint}
+		}
+	}
+	h, err = choose(mounts, prefix, allowNone)
+	return h, pids, err
 }
 
 func choose(mounts []*mountinfo.Info, prefix string, allowNone bool) (hierarchy, error) {

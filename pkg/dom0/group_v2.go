@@ -140,11 +140,12 @@ func (u *unified) wait(ctx context.Context, group string) error {
 }
 
 // limit bounds memory (bytes) and processes of a group where the controllers
-// were given to us. Best effort: the sandbox has other limits as well.
-func (u *unified) limit(group string, memory, pids int64) {
+// were given to us, and tells whether the processes are bounded. The sandbox
+// has other limits as well.
+func (u *unified) limit(group string, memory, pids int64) (bounded bool) {
 	has, err := os.ReadFile(filepath.Join(u.path, "cgroup.controllers"))
 	if err != nil {
-		return
+		return false
 	}
 	for _, c := range []struct {
 		name, file string
@@ -153,10 +154,13 @@ func (u *unified) limit(group string, memory, pids int64) {
 		if !hasOption(strings.Join(strings.Fields(string(has)), ","), c.name) {
 			continue
 		}
-		if writeControl(filepath.Join(u.path, "cgroup.subtree_control"), "+"+c.name) == nil {
-			writeControl(filepath.Join(u.of(group), c.file), strconv.FormatInt(c.value, 10))
+		err := writeControl(filepath.Join(u.path, "cgroup.subtree_control"), "+"+c.name)
+		if err == nil {
+			err = writeControl(filepath.Join(u.of(group), c.file), strconv.FormatInt(c.value, 10))
 		}
+		bounded = bounded || err == nil && c.name == "pids"
 	}
+	return bounded
 }
 
 // writeControl writes to a file of a hierarchy in one write and never makes one.

@@ -8,8 +8,9 @@ import (
 )
 
 // lockDown takes from this thread, and from what it starts as another user,
-// every way to more rights. The rlimits hold for the whole process.
-func lockDown() error {
+// every way to more rights. The rlimits hold for the whole process; processes
+// is the one of their number.
+func lockDown(processes uint64) error {
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("no_new_privs: %w", err)
 	}
@@ -36,6 +37,9 @@ func lockDown() error {
 		if err := lower(l.resource, l.value); err != nil {
 			return fmt.Errorf("limit %d: %w", l.resource, err)
 		}
+	}
+	if err := lower(unix.RLIMIT_NPROC, processes); err != nil {
+		return fmt.Errorf("limit of processes: %w", err)
 	}
 	unix.Umask(0o022)
 	return nil

@@ -115,22 +115,25 @@ func TestConfigureInSteps(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer ctl.Close()
-	n, err := unix.IoctlRetInt(int(ctl.Fd()), unix.LOOP_CTL_GET_FREE)
-	if err != nil {
-		t.Fatal(err)
-	}
-	f, err := openLoop(n, true)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
 	info := unix.LoopInfo64{Flags: unix.LO_FLAGS_AUTOCLEAR | unix.LO_FLAGS_READ_ONLY}
-	if err := configureInSteps(int(f.Fd()), back, info); err != nil {
-		t.Fatal(err)
-	}
-	if got := loopFlag(t, f.Name(), "autoclear"); got != "1" {
-		t.Errorf("autoclear %s", got)
-	}
+	eventually(t, "a free device stays free", func() error {
+		n, err := unix.IoctlRetInt(int(ctl.Fd()), unix.LOOP_CTL_GET_FREE)
+		if err != nil {
+			return err
+		}
+		f, err := openLoop(n, true)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		if err := configureInSteps(int(f.Fd()), back, info); err != nil {
+			return err
+		}
+		if got := loopFlag(t, f.Name(), "autoclear"); got != "1" {
+			t.Errorf("autoclear %s", got)
+		}
+		return nil
+	})
 }
 
 // A hundred hosts on one machine attach at the same moment, from

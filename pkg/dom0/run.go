@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
+	"strconv"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -203,15 +205,43 @@ func (s *System) openGroup(c Cmd) (e entry, release func() error, err error) {
 	}
 	release = func() error {
 		defer free()
-		return s.groups.remove(c.Group)
+		return s.removeGroup(c.Group)
 	}
 	if e, err = s.groups.entry(c.Group); err != nil {
 		return entry{}, nil, errors.Join(err, release())
 	}
-	if u, ok := s.groups.(*unified); ok && c.Sandbox != nil {
-		u.limit(c.Group, sandboxGroupMemory, sandboxGroupPids)
+	if c.Sandbox != nil {
+		e.bounded = s.boundGroup(c.Group, &e)
 	}
 	return e, release, nil
+}
+
+// boundGroup limits the group of a sandbox by what controllers there are, and
+// tells whether the number of its processes is bounded.
+func (s *System) boundGroup(group string, e *entry) bool {
+	if u, ok := s.groups.(*unified); ok && u.limit(group, sandboxGroupMemory, sandboxGroupPids) {
+		return true
+	}
+	if s.pids == nil || os.MkdirAll(s.pids.of(group), 0o755) != nil {
+		return false
+	}
+	dir := s.pids.of(group)
+	if writeControl(filepath.Join(dir, "pids.max"), strconv.Itoa(sandboxGroupPids)) != nil {
+		return false
+	}
+	// Only the thread that starts the program joins, and the program with it:
+	// a bomb must not keep the runtime of process 1 from making threads.
+	e.join = append(e.join, filepath.Join(dir, "tasks"))
+	return true
+}
+
+// removeGroup removes a group from every hierarchy it was made in.
+func (s *System) removeGroup(group string) error {
+	err := s.groups.remove(group)
+	if s.pids != nil {
+		err = errors.Join(err, s.pids.remove(group))
+	}
+	return err
 }
 
 // freshGroup creates a group; an empty one that was left over is replaced.
@@ -227,7 +257,7 @@ func (s *System) freshGroup(group string) error {
 	if !errors.Is(err, fs.ErrExist) {
 		return err
 	}
-	if err := s.groups.remove(group); err != nil {
+	if err := s.removeGroup(group); err != nil {
 		return err
 	}
 	return s.groups.create(group)

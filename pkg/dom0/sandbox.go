@@ -18,6 +18,8 @@ import (
 type sandboxSpec struct {
 	Image string
 	Hide  []string
+	// Processes bounds those of nobody on the whole machine.
+	Processes uint64
 }
 
 const (
@@ -31,7 +33,13 @@ const (
 	nobody = 65534
 
 	sandboxGroupMemory = 1 << 30 // bytes, where the memory controller is ours
-	sandboxGroupPids   = 256
+	sandboxGroupPids   = 256     // where a controller of their number is ours
+
+	// The limit of processes by user holds for all sandboxes together: one
+	// that forks without end would starve the others. So it only has to bound
+	// a sandbox where nothing else does.
+	sandboxUserPids        = 256
+	sandboxUserPidsBounded = 8192
 )
 
 // sandboxLimits bound each process of a sandbox. Memory is bounded by DATA,
@@ -44,7 +52,6 @@ var sandboxLimits = []struct {
 	{unix.RLIMIT_DATA, 512 << 20},
 	{unix.RLIMIT_AS, 4 << 30},
 	{unix.RLIMIT_FSIZE, 16 << 20},
-	{unix.RLIMIT_NPROC, 256}, // counts all processes of nobody on the machine
 	{unix.RLIMIT_NOFILE, 256},
 	{unix.RLIMIT_MEMLOCK, 64 << 10},
 	{unix.RLIMIT_MSGQUEUE, 0},
@@ -71,7 +78,7 @@ func (s *shimSpec) sandbox(life *os.File) (said shimStatus, step string, err err
 	if err := giveStreams(); err != nil {
 		return said, "streams", err
 	}
-	if err := lockDown(); err != nil {
+	if err := lockDown(s.Sandbox.Processes); err != nil {
 		return said, "lock down", err
 	}
 	pid, err := s.fork()

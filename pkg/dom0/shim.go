@@ -32,7 +32,7 @@ type shimSpec struct {
 	Path, Dir     string
 	Args, Env     []string
 	Files         int      // how many descriptors from 0 on the program gets
-	Join          []string // cgroup.procs files
+	Join          []string // cgroup.procs and tasks files
 	PrivateMounts bool
 	Sandbox       *sandboxSpec
 }
@@ -43,7 +43,10 @@ func (s *System) shimSpec(c Cmd, e entry, dir string, env []string) shimSpec {
 		Files: 3 + len(c.ExtraFiles), Join: e.join, PrivateMounts: c.PrivateMounts,
 	}
 	if c.Sandbox != nil {
-		spec.Sandbox = &sandboxSpec{Image: c.Sandbox.Image, Hide: s.hide}
+		spec.Sandbox = &sandboxSpec{Image: c.Sandbox.Image, Hide: s.hide, Processes: sandboxUserPids}
+		if e.bounded {
+			spec.Sandbox.Processes = sandboxUserPidsBounded
+		}
 	}
 	return spec
 }

@@ -135,7 +135,7 @@ func (s *System) kill(ctx context.Context, group string, grace time.Duration) er
 	if err := stopGroup(ctx, s.groups, group, grace); err != nil {
 		return err
 	}
-	return s.groups.remove(group)
+	return s.removeGroup(group)
 }
 
 // WaitEmpty implements Dom0.

@@ -48,6 +48,7 @@ type System struct {
 	exe    string
 	hide   []string
 	groups hierarchy // nil: none can be used
+	pids   *folder   // the v1 controller that bounds a sandbox; nil: there is none
 
 	// patience is how long output is still read after every process of the
 	// group has ended: only one that left the group can hold the pipe by then.
@@ -101,12 +102,12 @@ func New(o Options) (*System, error) {
 			return nil, fmt.Errorf("control group prefix: %w", err)
 		}
 	}
-	h, err := detect(prefix, o.AllowNoCgroup)
+	h, pids, err := detect(prefix, o.AllowNoCgroup)
 	if err != nil && !errors.Is(err, ErrNoGroups) {
 		return nil, err
 	}
 	if err == nil {
-		s.groups = h
+		s.groups, s.pids = h, pids
 		s.log.WithField("hierarchy", h.name()).Debug("control groups")
 	}
 	return s, nil
@@ -124,6 +125,9 @@ func (s *System) Close() error {
 	s.wg.Wait()
 	if s.groups != nil {
 		s.groups.tidy()
+	}
+	if s.pids != nil {
+		s.pids.tidy()
 	}
 	return nil
 }
