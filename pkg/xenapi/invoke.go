@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/patchd/patchd/pkg/session"
+	"github.com/patchd/patchd/pkg/pool"
 	"github.com/patchd/patchd/pkg/task"
 	"github.com/patchd/patchd/pkg/xapi"
 )
@@ -123,7 +124,7 @@ func (s *Server) startTask(c *call, audit *audit) (any, error) {
 		return nil, err
 	}
 	s.Tasks.Go(ref, func(ctx context.Context, _ *task.Handle) (string, error) {
-		c.ctx = ctx
+		c.ctx = pool.Resuming(ctx)
 		v, err := c.msg.run(c)
 		audit.done(err)
 		if err != nil {
