@@ -5,8 +5,8 @@ import (
 	"errors"
 	"time"
 
-	"github.com/patchd/patchd/pkg/session"
 	"github.com/patchd/patchd/pkg/pool"
+	"github.com/patchd/patchd/pkg/session"
 	"github.com/patchd/patchd/pkg/task"
 	"github.com/patchd/patchd/pkg/xapi"
 )

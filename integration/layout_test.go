@@ -1,0 +1,157 @@
+package integration
+
+import (
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"io/fs"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+const module = "github.com/patchd/patchd/"
+
+// arrows lists, for each package, what of our own it may import. An arrow that
+// is not drawn here is not allowed.
+var arrows = map[string][]string{
+	"pkg/xapi":                  {},
+	"pkg/fault":                 {},
+	"pkg/dom0":                  {"pkg/xapi", "pkg/fault"},
+	"pkg/dom0/dom0test":         {"pkg/xapi", "pkg/fault", "pkg/dom0"},
+	"pkg/store":                 {"pkg/xapi", "pkg/fault"},
+	"pkg/event":                 {"pkg/xapi", "pkg/store"},
+	"pkg/session":               {"pkg/xapi", "pkg/store"},
+	"pkg/task":                  {"pkg/xapi", "pkg/store"},
+	"pkg/vdi":                   {"pkg/xapi", "pkg/dom0"},
+	"pkg/patch":                 {"pkg/xapi", "pkg/dom0"},
+	"pkg/sr":                    {"pkg/xapi", "pkg/fault", "pkg/vdi"},
+	"pkg/sr/file":               {"pkg/xapi", "pkg/fault", "pkg/vdi", "pkg/sr"},
+	"pkg/sr/memory":             {"pkg/xapi", "pkg/fault", "pkg/vdi", "pkg/sr"},
+	"pkg/sr/srtest":             {"pkg/xapi", "pkg/vdi", "pkg/sr"},
+	"pkg/sr/all":                {"pkg/sr", "pkg/sr/file"},
+	"pkg/pool":                  {"pkg/xapi", "pkg/fault", "pkg/store", "pkg/task", "pkg/event", "pkg/session", "pkg/vdi", "pkg/patch", "pkg/sr"},
+	"pkg/agent":                 {"pkg/xapi", "pkg/fault", "pkg/dom0", "pkg/vdi", "pkg/patch", "pkg/sr", "pkg/pool"},
+	"pkg/upload":                {"pkg/xapi", "pkg/dom0", "pkg/store", "pkg/task", "pkg/session", "pkg/vdi", "pkg/patch", "pkg/sr", "pkg/pool"},
+	"pkg/xenapi":                {"pkg/xapi", "pkg/store", "pkg/task", "pkg/event", "pkg/session", "pkg/pool"},
+	"pkg/xenapi/thincli":        {"pkg/xapi", "pkg/session", "pkg/xenapi"},
+	"pkg/server":                nil, // wires everything
+	"cmd/patchd":                nil,
+	"integration":               nil,
+	"integration/lab":           {"pkg/xapi"},
+	"pkg/xenapi/thincli/xetest": {},
+}
+
+// effects are packages of the standard library that only pkg/dom0 may use
+// outside tests: it alone executes.
+var effects = map[string]bool{"os/exec": true}
+
+type source struct {
+	folder, path string
+	file         *ast.File
+}
+
+// sources parses every Go file that is not a test.
+func sources(t *testing.T) []source {
+	t.Helper()
+	var out []source
+	for _, top := range []string{"../cmd", "../pkg", "../integration"} {
+		err := filepath.WalkDir(top, func(path string, d fs.DirEntry, err error) error {
+			if err != nil {
+				return err
+			}
+			if d.IsDir() && (d.Name() == "testdata" || d.Name() == "node_modules" || d.Name() == "clients") {
+				return filepath.SkipDir
+			}
+			if d.IsDir() || !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go") {
+				return nil
+			}
+			f, err := parser.ParseFile(token.NewFileSet(), path, nil, parser.ParseComments)
+			if err != nil {
+				return err
+			}
+			folder := filepath.ToSlash(strings.TrimPrefix(filepath.Dir(path), "../"))
+			out = append(out, source{folder, path, f})
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(out) < 50 {
+		t.Fatalf("only %d source files were found", len(out))
+	}
+	return out
+}
+
+func TestImportArrowsGoOneWay(t *testing.T) {
+	for _, s := range sources(t) {
+		allowed, known := arrows[s.folder]
+		if !known {
+			t.Errorf("%s: package %s has no line in arrows", s.path, s.folder)
+			continue
+		}
+		for _, imp := range s.file.Imports {
+			name := strings.Trim(imp.Path.Value, `"`)
+			if effects[name] && s.folder != "pkg/dom0" && s.folder != "integration/lab" && !strings.HasSuffix(s.folder, "dom0test") {
+				t.Errorf("%s imports %s: only pkg/dom0 runs programs", s.path, name)
+			}
+			ours, ok := strings.CutPrefix(name, module)
+			if !ok || allowed == nil {
+				continue
+			}
+			if !contains(allowed, ours) {
+				t.Errorf("%s imports %s: that arrow is not drawn", s.path, ours)
+			}
+		}
+	}
+}
+
+func contains(list []string, s string) bool {
+	for _, l := range list {
+		if l == s {
+			return true
+		}
+	}
+	return false
+}
+
+func TestEveryPackageSaysWhatItOwns(t *testing.T) {
+	documented := map[string]bool{}
+	for _, s := range sources(t) {
+		documented[s.folder] = documented[s.folder] || s.file.Doc.Text() != ""
+	}
+	for folder, ok := range documented {
+		if !ok && folder != "integration" {
+			t.Errorf("package %s has no package comment", folder)
+		}
+	}
+}
+
+func TestEveryExportedNameIsDocumented(t *testing.T) {
+	for _, s := range sources(t) {
+		for _, d := range s.file.Decls {
+			f, ok := d.(*ast.FuncDecl)
+			if !ok || !f.Name.IsExported() || f.Doc.Text() != "" || implementsSomething(f) {
+				continue
+			}
+			t.Errorf("%s: %s has no comment", s.path, f.Name.Name)
+		}
+	}
+}
+
+// implementsSomething tells whether f is a method: those that fulfil a
+// documented interface need no words of their own.
+func implementsSomething(f *ast.FuncDecl) bool { return f.Recv != nil }
+
+func TestNoUnfinishedWordsAndNoForeignPaths(t *testing.T) {
+	for _, s := range sources(t) {
+		for _, group := range s.file.Comments {
+			for _, word := range []string{"TODO", "FIXME", "XXX", "README section", "README fact"} {
+				if strings.Contains(group.Text(), word) {
+					t.Errorf("%s: a comment says %s", s.path, word)
+				}
+			}
+		}
+	}
+}
