@@ -30,8 +30,7 @@ func (m *marked) entry(group string) (entry, error) {
 	return entry{env: []string{mark + m.prefix + "/" + group}}, nil
 }
 
-// alive looks more than once: in the middle of an exec a process has no
-// environment.
+// alive looks more than once: a process may be forked behind the back of a look.
 func (m *marked) alive(group string) (bool, error) {
 	found := false
 	for range 3 {
@@ -116,16 +115,14 @@ func (m *marked) each(f func(pid int, group string) bool) error {
 	return nil
 }
 
-// groupOf reads the mark of one process. A zombie has no environment.
+// groupOf reads the mark of one process. In the middle of an exec it has no
+// environment for a moment; a zombie never has one again.
 func (m *marked) groupOf(pid int) (string, bool) {
-	f, err := os.Open("/proc/" + strconv.Itoa(pid) + "/environ")
-	if err != nil {
-		return "", false
-	}
-	defer f.Close()
-	env, err := io.ReadAll(io.LimitReader(f, maxCmd))
-	if err != nil {
-		return "", false
+	dir := "/proc/" + strconv.Itoa(pid)
+	env := readSome(dir + "/environ")
+	for try := 0; len(env) == 0 && try < 200 && inExec(dir); try++ {
+		time.Sleep(time.Millisecond)
+		env = readSome(dir + "/environ")
 	}
 	for kv := range bytes.SplitSeq(env, []byte{0}) {
 		if path, ok := strings.CutPrefix(string(kv), mark+m.prefix+"/"); ok && ValidateGroup(path) == nil {
@@ -133,4 +130,27 @@ func (m *marked) groupOf(pid int) (string, bool) {
 		}
 	}
 	return "", false
+}
+
+// inExec tells whether a process has a program and neither arguments nor
+// environment yet. Kernel threads and zombies have no program.
+func inExec(dir string) bool {
+	if _, err := os.Readlink(dir + "/exe"); err != nil {
+		return false
+	}
+	return len(readSome(dir+"/cmdline")) == 0
+}
+
+// readSome reads a file of /proc; what cannot be read is empty.
+func readSome(path string) []byte {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, maxCmd))
+	if err != nil {
+		return nil
+	}
+	return b
 }
