@@ -21,6 +21,18 @@ func TestWeakKeys(t *testing.T) {
 	}
 }
 
+func TestKeyHeldTogetherBySHA1(t *testing.T) {
+	const name = "sha1@patch.test"
+	gpg_(t, nil, "--cert-digest-algo", "SHA1", "--quick-generate-key", name, "rsa2048", "sign", "0")
+	file := gpg_(t, []byte(sample), "--local-user", name, "--digest-algo", "SHA256", "-z", "0", "--sign")
+	keys := ringOf(t, name)
+	_, _, err := readMessage(file, keys, Options{})
+	refused(t, err)
+	if k := keys.Keys()[0]; k.Usable || k.Reason == "" {
+		t.Errorf("%+v", k)
+	}
+}
+
 func TestExpiredKey(t *testing.T) {
 	file := gpg_(t, []byte(sample), at(longAgo.Add(time.Hour)), "--local-user", keyOld, "-z", "0", "--sign")
 	keys := ringOf(t, keyOld)

@@ -166,6 +166,8 @@ func TestVerifyDetachedRefusesUnsignedBlanks(t *testing.T) {
 	}
 	for name, stored := range map[string]string{
 		"carriage returns":     strings.ReplaceAll(sample, "\n", "\r\n"),
+		"one carriage return":  strings.Replace(sample, "\n", "\r\n", 1),
+		"another last byte":    strings.TrimSuffix(sample, "\n") + "x",
 		"a trailing blank":     strings.Replace(sample, "patch\n", "patch \n", 1),
 		"blank at the end":     strings.TrimSuffix(sample, "\n") + " \n",
 		"no final newline":     strings.TrimSuffix(sample, "\n"),
