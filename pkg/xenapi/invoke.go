@@ -107,7 +107,7 @@ func (s *Server) runTask(c *call) (any, error) {
 		c.ctx = ctx
 		v, err := c.msg.run(c)
 		if err != nil {
-			return "", s.coded(c, err)
+			return "", err
 		}
 		out = v
 		return XMLValue(v), nil
@@ -141,7 +141,7 @@ func (s *Server) coded(c *call, err error) error {
 	if cause := new(xapi.Error); errors.As(err, &cause) && cause.Code != xapi.InternalError {
 		return err
 	}
-	if c.ctx.Err() == nil {
+	if !errors.Is(err, context.Canceled) {
 		s.Log.WithError(err).WithField("method", c.msg.FullName()).Error("call failed")
 	}
 	return xapi.AsError(err)

@@ -2,7 +2,6 @@ package xenapi
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"errors"
 	"io"
@@ -216,52 +215,3 @@ func (l *logged) audits(method string) (out []logrus.Fields) {
 	}
 	return out
 }
-
-// fakePool plays what these tests need of a pool; the rest is not called.
-type fakePool struct {
-	Pool
-	mu    sync.Mutex
-	apply func(ctx context.Context, patch, host xapi.Ref) (string, error)
-	vdi   pool.VDI
-	spec  pool.SRSpec
-	intro pool.VDIIntro
-	names []string
-}
-
-func (p *fakePool) PatchApply(ctx context.Context, patch, host xapi.Ref) (string, error) {
-	if p.apply == nil {
-		return "done <&>", nil
-	}
-	return p.apply(ctx, patch, host)
-}
-
-func (p *fakePool) PatchPrecheck(context.Context, xapi.Ref, xapi.Ref) (string, error) { return "", nil }
-func (p *fakePool) PatchPoolApply(context.Context, xapi.Ref) error                    { return nil }
-func (p *fakePool) PatchDestroy(context.Context, xapi.Ref) error {
-	return xapi.NewError(xapi.PatchIsApplied).Because(errors.New("a cause for the log"))
-}
-func (p *fakePool) PatchClean(context.Context, xapi.Ref) error { return errors.New("disk on fire") }
-
-func (p *fakePool) VDICreate(_ context.Context, rec pool.VDI) (xapi.Ref, error) {
-	p.vdi = rec
-	return xapi.NewRef(), nil
-}
-
-func (p *fakePool) VDIIntroduce(_ context.Context, intro pool.VDIIntro) (xapi.Ref, error) {
-	p.intro = intro
-	return xapi.NewRef(), nil
-}
-
-func (p *fakePool) VDICopy(_ context.Context, vdi, sr, base, into xapi.Ref) (xapi.Ref, error) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.names = []string{string(vdi), string(sr), string(base), string(into)}
-	return vdi, nil
-}
-
-func (p *fakePool) SRCreate(_ context.Context, spec pool.SRSpec) (xapi.Ref, error) {
-	p.spec = spec
-	return xapi.NewRef(), nil
-}
-
-func (p *fakePool) SRScan(context.Context, xapi.Ref) error { panic("a driver lost its mind") }
