@@ -190,6 +190,9 @@ func TestBuildIsReproducible(t *testing.T) {
 }
 
 func TestBuildByGPG(t *testing.T) {
+	if err := gpgKeys(); err != nil {
+		t.Fatal(err)
+	}
 	t.Setenv("GNUPGHOME", gpgHome)
 	dir := patchFolder(t)
 	os.Remove(dir + "/precheck")
@@ -225,17 +228,20 @@ func TestBuildByGPG(t *testing.T) {
 }
 
 func TestBuildByALockedKey(t *testing.T) {
+	folder := patchFolder(t)
+	if err := gpgKeys(); err != nil {
+		t.Fatal(err)
+	}
 	home := gpgHome
 	defer func() { gpgHome = home }()
 	var err error
 	if gpgHome, err = os.MkdirTemp("", "gpg"); err != nil {
 		t.Fatal(err)
 	}
-	defer os.RemoveAll(gpgHome)
-	defer exec.Command("gpgconf", "--homedir", gpgHome, "--kill", "all").Run()
+	defer removeHome(gpgHome)
 	gpg_(t, nil, "--passphrase", "open sesame", "--quick-generate-key", "locked@patch.test", "ed25519", "sign", "0")
 	key := secretKey(t, "locked@patch.test", "--passphrase", "open sesame")
-	o := BuildOptions{Dir: patchFolder(t), Out: t.TempDir() + "/out", SecretKey: key}
+	o := BuildOptions{Dir: folder, Out: t.TempDir() + "/out", SecretKey: key}
 	for pass, want := range map[string]string{"": "passphrase is needed", "wrong": "does not unlock"} {
 		o.Passphrase = []byte(pass)
 		if _, err := Build(context.Background(), o); err == nil || !strings.Contains(err.Error(), want) {

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -30,26 +31,34 @@ const (
 // longAgo is when keyOld was made and signed.
 var longAgo = time.Date(2020, 1, 1, 0, 0, 0, 0, time.UTC)
 
-var gpgHome string
+// gpgHome is made, with the keys in it, when the first test needs it: workers
+// of the fuzzer, which are killed in the end, never do.
+var (
+	gpgHome string
+	gpgKeys = sync.OnceValue(makeHome)
+)
 
 func TestMain(m *testing.M) {
 	dom0.MaybeShim()
-	code := func() int {
-		var err error
-		// The path must be short: gpg puts sockets in it.
-		if gpgHome, err = os.MkdirTemp("", "gpg"); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			return 1
-		}
-		defer os.RemoveAll(gpgHome)
-		defer exec.Command("gpgconf", "--homedir", gpgHome, "--kill", "all").Run()
-		if err := makeKeys(); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			return 1
-		}
-		return m.Run()
-	}()
+	code := m.Run()
+	if gpgHome != "" {
+		removeHome(gpgHome)
+	}
 	os.Exit(code)
+}
+
+func makeHome() (err error) {
+	// The path must be short: gpg puts sockets in it.
+	if gpgHome, err = os.MkdirTemp("", "gpg"); err != nil {
+		return err
+	}
+	return makeKeys()
+}
+
+// removeHome ends the agent of a gpg folder and removes it.
+func removeHome(dir string) {
+	exec.Command("gpgconf", "--homedir", dir, "--kill", "all").Run()
+	os.RemoveAll(dir)
 }
 
 func makeKeys() error {
@@ -57,25 +66,32 @@ func makeKeys() error {
 		{keyA, "ed25519", "sign"}, {keyB, "rsa2048", "sign"}, {keySub, "ed25519", "cert"},
 		{keyWeak, "rsa1024", "sign"}, {keyDSA, "dsa2048", "sign"}, {keyGone, "ed25519", "sign"},
 	} {
-		if _, err := runGPG(nil, "--quick-generate-key", k.name, k.algo, k.usage, "0"); err != nil {
+		if _, err := execGPG(nil, "--quick-generate-key", k.name, k.algo, k.usage, "0"); err != nil {
 			return err
 		}
 	}
-	_, err := runGPG(nil, at(longAgo), "--quick-generate-key", keyOld, "ed25519", "sign", "1d")
+	_, err := execGPG(nil, at(longAgo), "--quick-generate-key", keyOld, "ed25519", "sign", "1d")
 	if err != nil {
 		return err
 	}
-	fp, err := gpgFingerprint(keySub)
+	fp, err := fingerprintOf(keySub, execGPG)
 	if err != nil {
 		return err
 	}
-	_, err = runGPG(nil, "--quick-add-key", fp, "ed25519", "sign", "0")
+	_, err = execGPG(nil, "--quick-add-key", fp, "ed25519", "sign", "0")
 	return err
 }
 
 func at(t time.Time) string { return "--faked-system-time=" + t.UTC().Format("20060102T150405") + "!" }
 
 func runGPG(stdin []byte, args ...string) ([]byte, error) {
+	if err := gpgKeys(); err != nil {
+		return nil, err
+	}
+	return execGPG(stdin, args...)
+}
+
+func execGPG(stdin []byte, args ...string) ([]byte, error) {
 	args = append([]string{"--homedir", gpgHome, "--batch", "--quiet", "--no-tty", "--yes", "--passphrase", "", "--pinentry-mode", "loopback"}, args...)
 	c := exec.Command("gpg", args...)
 	var stderr bytes.Buffer
@@ -96,8 +112,10 @@ func gpg_(t testing.TB, stdin []byte, args ...string) []byte {
 	return out
 }
 
-func gpgFingerprint(key string) (string, error) {
-	out, err := runGPG(nil, "--with-colons", "--list-keys", key)
+func gpgFingerprint(key string) (string, error) { return fingerprintOf(key, runGPG) }
+
+func fingerprintOf(key string, run func([]byte, ...string) ([]byte, error)) (string, error) {
+	out, err := run(nil, "--with-colons", "--list-keys", key)
 	if err != nil {
 		return "", err
 	}
