@@ -31,4 +31,12 @@
 // bounded, every write has a deadline, and a client that goes away ends its
 // command (but never the work behind it, except a transfer that it was itself
 // still feeding).
+//
+// # How it is wired
+//
+//	cli := thincli.New(thincli.Over(server), thincli.Options{Log: log, Local: thincli.TrustedRequest})
+//	router.Handle("/cli", cli).Methods(http.MethodPost) // before server.Routes
+//	…
+//	tasks.Stop()
+//	cli.Close()
 package thincli

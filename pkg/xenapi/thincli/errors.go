@@ -59,7 +59,7 @@ func (r *run) refName(s string) string {
 	ctx, cancel := r.cleanup()
 	defer cancel()
 	for _, class := range namedClasses {
-		v, err := r.h.api.Call(ctx, r.session, class+".get_record", []any{s})
+		v, err := r.h.call(ctx, r.session, class+".get_record", []any{s})
 		if err != nil {
 			continue // not of this class
 		}

@@ -28,7 +28,8 @@ type API interface {
 	// Call runs class.message with the session's rights, as the wire would.
 	// params leave the session out. Values in both directions are canonical:
 	// string (also for ints, enums, refs and dates), bool, float64, []any and
-	// map[string]any. It returns when ctx ends.
+	// map[string]any. A call that changes something may run on after ctx has
+	// ended; nobody waits for its result then.
 	Call(ctx context.Context, session xapi.Ref, method string, params []any) (any, error)
 }
 
@@ -65,7 +66,8 @@ type Handler struct {
 
 	mu      sync.Mutex
 	closed  bool
-	running sync.WaitGroup
+	running sync.WaitGroup // conversations
+	calls   sync.WaitGroup // calls, also those whose client has gone
 }
 
 var errShutdown = errors.New("the server is shutting down")
@@ -112,15 +114,45 @@ func (o *Options) setDefaults() {
 	after(&o.EventTimeout, 30*time.Second)
 }
 
-// Close ends every conversation and waits for them. Later requests get 503.
-// Hijacked connections are not known to http.Server: its Shutdown does not
-// wait for them.
+// Close ends every conversation and waits for them and for the calls they
+// made. Later requests get 503. A call that changes something ends with its
+// task, so stop the task manager first. http.Server does not know hijacked
+// connections: its Shutdown waits for none of this.
 func (h *Handler) Close() {
 	h.mu.Lock()
 	h.closed = true
 	h.mu.Unlock()
 	h.end(errShutdown)
 	h.running.Wait()
+	h.calls.Wait()
+}
+
+// call runs an API call until it returns or ctx ends: the work of a client
+// that has gone is not waited for.
+func (h *Handler) call(ctx context.Context, session xapi.Ref, method string, params []any) (any, error) {
+	type result struct {
+		value any
+		err   error
+	}
+	done := make(chan result, 1)
+	h.calls.Go(func() {
+		v, err := h.api.Call(ctx, session, method, params)
+		done <- result{v, err}
+	})
+	select {
+	case res := <-done:
+		return res.value, res.err
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+type addressKey struct{}
+
+// addressOf is the address of the client that a call is made for.
+func addressOf(ctx context.Context) string {
+	addr, _ := ctx.Value(addressKey{}).(string)
+	return addr
 }
 
 // enter counts a conversation in, or refuses it.
@@ -212,7 +244,7 @@ func (h *Handler) converse(nc net.Conn, r *bufio.Reader, who client, body string
 		// A host that vanished is only noticed by probing it.
 		_ = t.SetKeepAlive(true)
 	}
-	ctx, gone := context.WithCancelCause(h.base)
+	ctx, gone := context.WithCancelCause(context.WithValue(h.base, addressKey{}, who.addr))
 	defer gone(nil)
 	c := newConn(nc, r, &h.o, gone)
 	go c.read(ctx)

@@ -133,7 +133,7 @@ func (r *run) cleanup() (context.Context, context.CancelFunc) {
 
 // call runs one API call and gives its result.
 func (r *run) call(method string, params ...any) (any, error) {
-	return r.h.api.Call(r.ctx, r.session, method, params)
+	return r.h.call(r.ctx, r.session, method, params)
 }
 
 // callText is call for a string result: refs, ints and enums, too.

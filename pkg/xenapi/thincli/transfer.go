@@ -167,7 +167,7 @@ func (r *run) abandon(task, why string) {
 	}
 	log.Info("transfer abandoned")
 	for _, method := range []string{"task.cancel", "task.destroy"} {
-		_, err := r.h.api.Call(ctx, r.session, method, []any{task})
+		_, err := r.h.call(ctx, r.session, method, []any{task})
 		// One that has just finished cannot be cancelled, and is gone once destroyed.
 		if err != nil && !xapi.Is(err, xapi.OperationNotAllowed) && !xapi.Is(err, xapi.HandleInvalid) {
 			log.WithError(err).WithField("call", method).Warn("task of a transfer stays behind")
@@ -180,13 +180,13 @@ func (r *run) outcome(task string, watched error) (result string, err error) {
 	if watched != nil {
 		return "", watched
 	}
-	v, err := r.call("task.get_record", task)
+	ctx, cancel := r.cleanup() // the client may be gone, the task has to go
+	defer cancel()
+	v, err := r.h.call(ctx, r.session, "task.get_record", []any{task})
 	if err != nil {
 		return "", err
 	}
-	ctx, cancel := r.cleanup()
-	defer cancel()
-	if _, err := r.h.api.Call(ctx, r.session, "task.destroy", []any{task}); err != nil {
+	if _, err := r.h.call(ctx, r.session, "task.destroy", []any{task}); err != nil {
 		r.log.WithError(err).WithField("task", task).Warn("task of a transfer stays behind")
 	}
 	rec := toRecord(v)
@@ -232,7 +232,7 @@ func (r *run) watch(ctx context.Context, task string) *watch {
 func (r *run) events(ctx context.Context, classes []any, found func(map[string]any) bool) error {
 	token := ""
 	for {
-		v, err := r.h.api.Call(ctx, r.session, "event.from", []any{classes, token, r.h.o.EventTimeout.Seconds()})
+		v, err := r.h.call(ctx, r.session, "event.from", []any{classes, token, r.h.o.EventTimeout.Seconds()})
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
