@@ -119,11 +119,21 @@ func (p *Pool) unmakeSR(ctx context.Context, intentRef xapi.Ref, in Intent) erro
 	if err != nil {
 		return err
 	}
-	err = d.Destroy(ctx, p.config(in.SRUUID, in.Device, in.SMConfig))
+	err = destroySR(ctx, d, p.config(in.SRUUID, in.Device, in.SMConfig))
 	if err != nil && !xapi.Is(err, xapi.ValueNotSupported) {
 		return err
 	}
 	return p.Store.Update(ctx, func(tx *store.Tx) error { tx.Delete(ClassIntent, intentRef); return nil })
+}
+
+// destroySR removes an SR from disk and tries once more when it fails: an
+// answer may have been lost.
+func destroySR(ctx context.Context, d sr.Driver, c sr.Config) error {
+	err := d.Destroy(ctx, c)
+	if err == nil || xapi.Is(err, xapi.SRNotEmpty) {
+		return err
+	}
+	return d.Destroy(ctx, c)
 }
 
 // SRDestroy removes an SR that holds nothing, from disk, and its records. It
@@ -234,10 +244,7 @@ func (p *Pool) finishRemoveSR(ctx context.Context, intentRef xapi.Ref, in Intent
 	if err != nil {
 		return nil, err
 	}
-	c := p.config(in.SRUUID, in.Device, in.SMConfig)
-	if refused = d.Destroy(ctx, c); refused != nil && !xapi.Is(refused, xapi.SRNotEmpty) {
-		refused = d.Destroy(ctx, c) // an answer may have been lost
-	}
+	refused = destroySR(ctx, d, p.config(in.SRUUID, in.Device, in.SMConfig))
 	err = p.Store.Update(ctx, func(tx *store.Tx) error {
 		tx.Delete(ClassIntent, intentRef)
 		if refused != nil || !tx.Has(ClassSR, in.SR) {

@@ -284,12 +284,3 @@ func (p *Pool) SRSetShared(ctx context.Context, ref xapi.Ref, value bool) error 
 		return nil
 	})
 }
-
-// SRTypes lists the types of SR there are drivers for, in the order of the list.
-func (p *Pool) SRTypes() []string {
-	types := []string{}
-	for _, d := range p.Drivers {
-		types = append(types, d.Info().Type)
-	}
-	return types
-}

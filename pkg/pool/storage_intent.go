@@ -257,10 +257,24 @@ func (p *Pool) unmake(ctx context.Context, b birth) (born bool, err error) {
 // undoVolumes destroys what an intent may have made or was to destroy, and
 // then the intent.
 func (p *Pool) undoVolumes(ctx context.Context, repo sr.Repository, ref xapi.Ref, in Intent) error {
-	err := errors.Join(repo.Destroy(ctx, p.part(in)), repo.Destroy(ctx, sr.Live(in.VDI)))
+	err := errors.Join(destroyVolume(ctx, repo, p.part(in)), destroyVolume(ctx, repo, sr.Live(in.VDI)))
 	if err != nil {
 		return err
 	}
+	return p.closeIntent(ctx, repo, ref, in)
+}
+
+// destroyVolume destroys a volume and tries once more when it fails: an answer
+// may have been lost, and what is left over is a burden.
+func destroyVolume(ctx context.Context, repo sr.Repository, n sr.Name) error {
+	if err := repo.Destroy(ctx, n); err == nil {
+		return nil
+	}
+	return repo.Destroy(ctx, n)
+}
+
+// closeIntent deletes an intent that is done with.
+func (p *Pool) closeIntent(ctx context.Context, repo sr.Repository, ref xapi.Ref, in Intent) error {
 	stat, err := repo.Stat(ctx)
 	if err != nil {
 		return err

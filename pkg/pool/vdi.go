@@ -5,13 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"os"
 	"slices"
 	"strconv"
 
 	"github.com/patchd/patchd/pkg/sr"
 	"github.com/patchd/patchd/pkg/store"
-	"github.com/patchd/patchd/pkg/vdi"
 	"github.com/patchd/patchd/pkg/xapi"
 )
 
@@ -67,69 +65,6 @@ func (p *Pool) VDICreate(ctx context.Context, rec VDI) (xapi.Ref, error) {
 	}
 	rec.IsASnapshot, rec.SnapshotOf, rec.SnapshotTime = false, xapi.NullRef, xapi.Epoch
 	return p.NewVDI(ctx, NewVDI{SR: rec.SR, VDI: rec, VirtualSize: size})
-}
-
-// assertMutable refuses to change what is in a VDI that holds a patch or is
-// read-only. Code: VDI_READONLY [VDI ref].
-func (p *Pool) assertMutable(ref xapi.Ref, rec VDI) error {
-	golden, err := p.isGolden(ref)
-	if err == nil && (golden || rec.ReadOnly) {
-		err = xapi.NewError(xapi.VDIReadonly, string(ref))
-	}
-	return err
-}
-
-// isGolden tells whether a patch lies in the VDI: because its record says so.
-func (p *Pool) isGolden(ref xapi.Ref) (golden bool, err error) {
-	err = p.Store.View(func(v *store.View) error {
-		golden = len(v.Refs(ClassPatch, "VDI", string(ref))) > 0
-		return nil
-	})
-	return golden, err
-}
-
-// VDIFile opens the content of a VDI for a raw export (sr.ReadOnly) or import
-// (sr.ReadWrite) and marks it in use; release closes the file. After an import
-// VDIUpdate should be called. Codes: those of UseVDI, VDI_IN_USE [VDI ref,
-// "import"] when somebody else uses a VDI that is to be written, VDI_READONLY.
-func (p *Pool) VDIFile(ctx context.Context, ref xapi.Ref, mode sr.Mode) (*os.File, func(), error) {
-	take := p.useVDI
-	if mode == sr.ReadWrite {
-		take = func(ref xapi.Ref) (VDI, sr.Repository, func(), error) { return p.holdVDI(ref, "import") }
-	}
-	rec, repo, release, err := take(ref)
-	if err != nil {
-		return nil, nil, err
-	}
-	if mode == sr.ReadWrite {
-		err = p.assertMutable(ref, rec)
-	}
-	var f *os.File
-	if err == nil {
-		f, err = p.openLive(ctx, repo, ref, rec, mode)
-	}
-	if err != nil {
-		release()
-		return nil, nil, err
-	}
-	return f, func() { f.Close(); release() }, nil
-}
-
-// openLive opens the volume of a VDI. Code: VDI_MISSING [SR ref, VDI ref].
-func (p *Pool) openLive(ctx context.Context, repo sr.Repository, ref xapi.Ref, rec VDI, mode sr.Mode) (*os.File, error) {
-	f, err := repo.Open(ctx, sr.Live(rec.UUID), mode)
-	if xapi.Is(err, xapi.VDINotAvailable) {
-		return nil, xapi.NewError(xapi.VDIMissing, string(rec.SR), string(ref)).Because(err)
-	}
-	return f, err
-}
-
-func allocated(f *os.File) (int64, error) {
-	n, err := vdi.Allocated(f)
-	if err != nil {
-		return 0, fmt.Errorf("measure %s: %w", f.Name(), err)
-	}
-	return n, nil
 }
 
 // VDIDestroy destroys a VDI. A patch in it stays as a record that names no VDI.
@@ -219,16 +154,17 @@ func (p *Pool) finishDestroy(ctx context.Context, repo sr.Repository, intentRef 
 		return err
 	}
 	live := sr.Live(in.VDI)
-	if err = repo.Destroy(ctx, live); err != nil {
-		err = repo.Destroy(ctx, live) // an answer may have been lost
-	}
-	if err != nil {
+	if err := destroyVolume(ctx, repo, live); err != nil {
 		if _, gone := repo.Path(ctx, live); xapi.Is(gone, xapi.VDINotAvailable) {
 			return joinUndo(err, nil)
 		}
 		return joinUndo(err, p.restoreVDI(ctx, intentRef))
 	}
-	return p.undoVolumes(ctx, repo, intentRef, in)
+	if err := p.closeIntent(ctx, repo, intentRef, in); err != nil {
+		// Record and volume are gone, which is what was asked for.
+		p.Log.WithError(err).WithField("VDI", in.VDI).Warn("the intent of a destroyed VDI could not be closed; the next sweep or start does it")
+	}
+	return nil
 }
 
 // restoreVDI puts back the record that dropVDI took away.

@@ -212,6 +212,10 @@ func zero(ctx context.Context, f *os.File) error {
 	if !errors.Is(err, unix.EOPNOTSUPP) {
 		return err
 	}
+	return writeZeros(ctx, f, size)
+}
+
+func writeZeros(ctx context.Context, f *os.File, size int64) error {
 	block := make([]byte, 1<<20)
 	for at := int64(0); at < size; at += int64(len(block)) {
 		if err := sr.Alive(ctx); err != nil {

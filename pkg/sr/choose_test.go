@@ -10,9 +10,18 @@ import (
 	"github.com/patchd/patchd/pkg/xapi"
 )
 
-// S1-10 (no SR named), S1-11 (the default), S1-12 (else one that clones) and
-// S1-13 (else an error that names both reasons).
-func TestChoose(t *testing.T) {
+type choice struct {
+	name       string
+	requested  string
+	defaultSR  xapi.Ref
+	candidates []sr.Candidate
+	want       xapi.Ref
+	code       string
+	param      string
+	text       []string // in the last parameter
+}
+
+func choices() []choice {
 	const (
 		uuidA = "0a000000-0000-4000-8000-000000000000"
 		uuidB = "0b000000-0000-4000-8000-000000000000"
@@ -26,16 +35,7 @@ func TestChoose(t *testing.T) {
 	twin := c
 	twin.UUID, twin.Ref = other, "OpaqueRef:"+other
 
-	for _, test := range []struct {
-		name       string
-		requested  string
-		defaultSR  xapi.Ref
-		candidates []sr.Candidate
-		want       xapi.Ref
-		code       string
-		param      string
-		text       []string // in the last parameter
-	}{
+	return []choice{
 		{name: "the default is taken, though it does not clone", defaultSR: a.Ref, candidates: []sr.Candidate{a, b, c}, want: a.Ref},
 		{name: "no default: the oldest that clones", candidates: []sr.Candidate{a, b, c}, want: c.Ref},
 		{name: "the null ref is no default", defaultSR: xapi.NullRef, candidates: []sr.Candidate{c, b, a}, want: c.Ref},
@@ -56,7 +56,13 @@ func TestChoose(t *testing.T) {
 		{name: "neither: nothing at all", code: xapi.DefaultSRNotFound, param: string(xapi.NullRef), text: []string{"not set", "no SR is plugged"}},
 		{name: "neither: dangling", defaultSR: "OpaqueRef:" + other, candidates: []sr.Candidate{a}, code: xapi.DefaultSRNotFound, param: "OpaqueRef:" + other, text: []string{"does not exist", "VDI_CLONE", "Set pool.default_SR"}},
 		{name: "neither: unplugged", defaultSR: a.Ref, candidates: []sr.Candidate{unplugged(a)}, code: xapi.DefaultSRNotFound, param: string(a.Ref), text: []string{`"plain"`, uuidA, "not plugged", "no SR is plugged"}},
-	} {
+	}
+}
+
+// S1-10 (no SR named), S1-11 (the default), S1-12 (else one that clones) and
+// S1-13 (else an error that names both reasons).
+func TestChoose(t *testing.T) {
+	for _, test := range choices() {
 		t.Run(test.name, func(t *testing.T) {
 			given := slices.Clone(test.candidates)
 			got, err := sr.Choose(test.requested, test.defaultSR, test.candidates)

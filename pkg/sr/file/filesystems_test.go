@@ -108,7 +108,8 @@ func TestConformance(t *testing.T) {
 		t.Run(fs.name, func(t *testing.T) {
 			dir := fs.mount(t)
 			srtest.Run(t, srtest.Suite{
-				New: func(*testing.T) (sr.Driver, sr.Config) { return newSR(dir) },
+				Quick: !fs.clones,
+				New:   func(*testing.T) (sr.Driver, sr.Config) { return newSR(dir) },
 				Small: func(t *testing.T) (sr.Driver, sr.Config) {
 					small := filesystem{name: "small", mkfs: []string{"mkfs.ext4", "-q", "-F"}, size: 24 << 20}
 					return newSR(small.mount(t))

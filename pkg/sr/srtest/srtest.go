@@ -32,6 +32,9 @@ type Suite struct {
 	// Hostile are device_configs that the driver must refuse by a code,
 	// whatever it is asked to do with them.
 	Hostile []map[string]string
+	// Quick leaves out the random sequences: for the second storage below one
+	// driver that differs in nothing they look at.
+	Quick bool
 	// Volatile says that a volume's bytes need not survive being detached.
 	Volatile bool
 }

@@ -396,76 +396,95 @@ func together(n int, f func(i int) error) []error {
 
 // Model: random sequences of calls against a map from names to one byte of content.
 func (s Suite) Model(t *testing.T) {
-	r := s.attached(t)
-	ctx := t.Context()
-	pool := []sr.Name{live(), live(), part(), part(), work()}
+	if s.Quick {
+		return
+	}
+	m := &model{r: s.attached(t), names: []sr.Name{live(), live(), part(), part(), work()}}
 	rapid.Check(t, func(t *rapid.T) {
-		model := map[sr.Name]byte{}
-		pick := func() sr.Name { return rapid.SampledFrom(pool).Draw(t, "name") }
-		expect := func(what string, ok bool, err error) {
-			if ok != (err == nil) {
-				t.Fatalf("%s: error %v, want success %v", what, err, ok)
-			}
-		}
+		m.t, m.last = t, map[sr.Name]byte{}
 		t.Repeat(map[string]func(*rapid.T){
-			"create": func(*rapid.T) {
-				n := pick()
-				_, there := model[n]
-				_, err := r.Create(ctx, n, mib)
-				expect("create", !there, err)
-				if !there {
-					model[n] = 0
-				}
-			},
-			"write": func(t *rapid.T) {
-				n, b := pick(), rapid.Byte().Draw(t, "byte")
-				_, there := model[n]
-				expect("write", there, put(ctx, r, n, []byte{b}, mib-1))
-				if there {
-					model[n] = b
-				}
-			},
-			"rename": func(*rapid.T) {
-				a, b := pick(), pick()
-				v, hasA := model[a]
-				_, hasB := model[b]
-				expect("rename", hasA && (!hasB || a == b) || !hasA && hasB, r.Rename(ctx, a, b))
-				if hasA && !hasB {
-					delete(model, a)
-					model[b] = v
-				}
-			},
-			"clone": func(*rapid.T) {
-				a, b := pick(), pick()
-				v, hasA := model[a]
-				_, hasB := model[b]
-				ok := hasA && !hasB && sr.Has(r.Features(), sr.VDIClone)
-				_, err := r.Clone(ctx, a, b)
-				expect("clone", ok, err)
-				if ok {
-					model[b] = v
-				}
-			},
-			"destroy": func(*rapid.T) {
-				n := pick()
-				expect("destroy", true, r.Destroy(ctx, n))
-				delete(model, n)
-			},
-			"": func(t *rapid.T) {
-				list, err := r.Scan(ctx)
-				if err != nil || len(list) != len(model) {
-					t.Fatalf("scan shows %v (%v), the model has %v", list, err, model)
-				}
-				for _, v := range list {
-					want, there := model[v.Name]
-					if got, err := get(ctx, r, v.Name, 1, mib-1); !there || err != nil || got[0] != want {
-						t.Fatalf("volume %s holds %v (%v), want %d", v.Name, got, err, want)
-					}
-				}
-			},
+			"create":  m.create,
+			"write":   m.write,
+			"rename":  m.rename,
+			"clone":   m.clone,
+			"destroy": func(*rapid.T) { m.destroy(m.pick()) },
+			"":        m.compare,
 		})
-		for _, n := range pool {
-			expect("destroy", true, r.Destroy(ctx, n))
+		for _, n := range m.names {
+			m.destroy(n)
 		}
 	})
+}
+
+// model is what a repository must hold: the last byte of each volume.
+type model struct {
+	r     sr.Repository
+	names []sr.Name
+	t     *rapid.T
+	last  map[sr.Name]byte
+}
+
+func (m *model) pick() sr.Name { return rapid.SampledFrom(m.names).Draw(m.t, "name") }
+
+func (m *model) has(n sr.Name) bool { _, there := m.last[n]; return there }
+
+// expect fails unless err says whether the call was right.
+func (m *model) expect(what string, ok bool, err error) {
+	if ok != (err == nil) {
+		m.t.Fatalf("%s: error %v, want success %v", what, err, ok)
+	}
+}
+
+func (m *model) create(t *rapid.T) {
+	n := m.pick()
+	_, err := m.r.Create(t.Context(), n, mib)
+	m.expect("create", !m.has(n), err)
+	if !m.has(n) {
+		m.last[n] = 0
+	}
+}
+
+func (m *model) write(t *rapid.T) {
+	n, b := m.pick(), rapid.Byte().Draw(t, "byte")
+	m.expect("write", m.has(n), put(t.Context(), m.r, n, []byte{b}, mib-1))
+	if m.has(n) {
+		m.last[n] = b
+	}
+}
+
+func (m *model) rename(t *rapid.T) {
+	a, b := m.pick(), m.pick()
+	ok := m.has(a) && (!m.has(b) || a == b) || !m.has(a) && m.has(b)
+	m.expect("rename", ok, m.r.Rename(t.Context(), a, b))
+	if m.has(a) && !m.has(b) {
+		m.last[b] = m.last[a]
+		delete(m.last, a)
+	}
+}
+
+func (m *model) clone(t *rapid.T) {
+	a, b := m.pick(), m.pick()
+	ok := m.has(a) && !m.has(b) && sr.Has(m.r.Features(), sr.VDIClone)
+	_, err := m.r.Clone(t.Context(), a, b)
+	m.expect("clone", ok, err)
+	if ok {
+		m.last[b] = m.last[a]
+	}
+}
+
+func (m *model) destroy(n sr.Name) {
+	m.expect("destroy", true, m.r.Destroy(m.t.Context(), n))
+	delete(m.last, n)
+}
+
+func (m *model) compare(t *rapid.T) {
+	list, err := m.r.Scan(t.Context())
+	if err != nil || len(list) != len(m.last) {
+		t.Fatalf("scan shows %v (%v), the model has %v", list, err, m.last)
+	}
+	for _, v := range list {
+		if got, err := get(t.Context(), m.r, v.Name, 1, mib-1); !m.has(v.Name) || err != nil || got[0] != m.last[v.Name] {
+			t.Fatalf("volume %s holds %v (%v), want %d", v.Name, got, err, m.last[v.Name])
+		}
+	}
 }
