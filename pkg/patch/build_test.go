@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/patchd/patchd/pkg/dom0"
 	"github.com/patchd/patchd/pkg/xapi"
 )
 
@@ -216,6 +217,15 @@ func TestBuildByGPG(t *testing.T) {
 	o.Overwrite = true
 	if _, err := Build(context.Background(), o); err != nil {
 		t.Error(err)
+	}
+	d, err := dom0.New(dom0.Options{CgroupPrefix: "patchd-patch-test-gpg", AllowNoCgroup: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	o.Dom0 = d
+	if again, err := Build(context.Background(), o); err != nil || again.Digest != b.Digest {
+		t.Error(again, err)
 	}
 	o.GPGKey = "nobody@patch.test"
 	if _, err := Build(context.Background(), o); err == nil || !strings.Contains(err.Error(), "nobody") {
