@@ -1,25 +1,22 @@
 package server
 
 import (
-	"context"
 	"encoding/json"
 	"fmt"
 	stdlog "log"
 	"net/http"
+	"time"
 
 	"github.com/gorilla/mux"
 	"github.com/sirupsen/logrus"
 
 	"github.com/patchd/patchd/pkg/event"
 	"github.com/patchd/patchd/pkg/patch"
-	"github.com/patchd/patchd/pkg/session"
 	"github.com/patchd/patchd/pkg/store"
 	"github.com/patchd/patchd/pkg/upload"
 	"github.com/patchd/patchd/pkg/xapi"
 	"github.com/patchd/patchd/pkg/xenapi"
 	"github.com/patchd/patchd/pkg/xenapi/thincli"
-
-	"time"
 )
 
 // routes binds the wire to the services.
@@ -34,7 +31,7 @@ func (s *Server) routes() (http.Handler, error) {
 	}
 	r := mux.NewRouter().SkipClean(true).UseEncodedPath()
 	r.HandleFunc("/healthz", healthz).Methods(http.MethodGet, http.MethodHead)
-	s.cli = thincli.New(cliAPI{s.sessions, api}, thincli.Options{Log: s.log, Local: func(r *http.Request) bool { return session.Trusted(r.Context()) }})
+	s.cli = thincli.New(thincli.Over(api), thincli.Options{Log: s.log, Local: thincli.TrustedRequest})
 	r.Handle("/cli", s.cli).Methods(http.MethodPost)
 	upload.New(upload.Options{
 		Pool: s.pool, Store: s.store, Tasks: s.tasks, Sessions: s.sessions, Dom0: s.dom0, Log: s.log,
@@ -68,30 +65,6 @@ func (s *Server) render(m *xenapi.Model) func(class string, ref xapi.Ref) (json.
 		})
 		return raw, err
 	}
-}
-
-// cliAPI is what the thin CLI needs, made of sessions and calls.
-type cliAPI struct {
-	sessions *session.Manager
-	api      *xenapi.Server
-}
-
-func (c cliAPI) Login(ctx context.Context, user, password, originator, addr string) (xapi.Ref, error) {
-	return c.sessions.Login(ctx, user, password, originator, addr)
-}
-
-func (c cliAPI) LoginLocal(ctx context.Context, originator string) (xapi.Ref, error) {
-	return c.sessions.LoginLocal(ctx, originator)
-}
-
-func (c cliAPI) Logout(ctx context.Context, ref xapi.Ref) error { return c.sessions.Logout(ctx, ref) }
-
-func (c cliAPI) Call(ctx context.Context, ref xapi.Ref, method string, params []any) (any, error) {
-	s, err := c.sessions.Get(ref)
-	if err != nil {
-		return nil, err
-	}
-	return c.api.Call(ctx, s, method, params)
 }
 
 func xmlValue(text string) string {
