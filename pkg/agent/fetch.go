@@ -2,8 +2,6 @@ package agent
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -85,14 +83,13 @@ func (a *Agent) intake(ctx context.Context, r io.Reader, image *os.File, size in
 	if err != nil {
 		return t, err
 	}
-	sum := sha256.New()
-	if _, err := io.Copy(io.MultiWriter(w, sum), msg); err != nil {
+	if _, err := io.Copy(w, msg); err != nil {
 		w.Abort()
 		return t, err
 	}
 	if t.Payload, err = w.Finish(ctx); err != nil {
 		return t, err
 	}
-	t.Digest, t.Signature = hex.EncodeToString(sum.Sum(nil)), msg.Signature()
+	t.Digest, t.Signature = msg.Digest(), msg.Signature()
 	return t, nil
 }

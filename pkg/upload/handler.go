@@ -99,7 +99,8 @@ func (h *Handler) Routes(r *mux.Router) {
 		{http.MethodGet, "/export_raw_vdi", h.exportRaw},
 	} {
 		r.HandleFunc(route.path, route.serve).Methods(route.method)
-		r.HandleFunc(route.path+"/", route.serve).Methods(route.method)
+		// Routing is by prefix: curl -T adds the name of the file behind a slash.
+		r.PathPrefix(route.path + "/").HandlerFunc(route.serve).Methods(route.method)
 	}
 }
 
