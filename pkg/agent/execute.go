@@ -7,6 +7,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/patchd/patchd/pkg/dom0"
@@ -250,6 +251,8 @@ func (e *execution) follow(entry Entry) {
 	tick := time.NewTicker(reportEvery)
 	defer tick.Stop()
 	cancelled := e.ctx.Done()
+	var killing sync.WaitGroup
+	defer killing.Wait()
 	for {
 		select {
 		case err := <-ended:
@@ -269,7 +272,7 @@ func (e *execution) follow(entry Entry) {
 				return // the runner goes on and is followed by the next start
 			}
 			cancelled = nil
-			go e.kill()
+			killing.Go(e.kill)
 		}
 	}
 }
