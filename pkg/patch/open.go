@@ -24,14 +24,15 @@ type Limits struct {
 	// memory. Default 64 MiB.
 	Cleartext int64
 	// Decompressed is the most bytes that may come out of a compressed
-	// message. Default 4 GiB.
+	// message. Default 5 GiB: more than an image for a stream of unknown size
+	// holds, so that whoever fills one says first what to do instead.
 	Decompressed int64
 }
 
 // The default limits.
 const (
 	DefaultCleartext    = 64 << 20
-	DefaultDecompressed = 4 << 30
+	DefaultDecompressed = 5 << 30
 )
 
 // Options says how a message is checked.
