@@ -11,7 +11,8 @@ FUZZTIME ?= 60s
 build: ## a static bin/patchd
 	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/patchd ./cmd/patchd
 
-demo: deps build ## the main job, end to end, on a temporary state directory
+demo: build ## the main job, end to end, on a temporary state directory
+	scripts/deps.sh demo
 	scripts/demo.sh bin/patchd
 
 deps: ## what the demo and the tests need from Debian and npm

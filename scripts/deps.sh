@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
-# Installs from Debian what patchd's demo and tests use: gpg to make real
-# signatures, filesystem tools to make and check real images, curl, Python and
-# node as unmodified clients. Does nothing where all is there.
+# Installs from Debian what is missing: `deps.sh demo` what the demo uses (gpg
+# to make a real signature), `deps.sh test` also filesystem tools to make and
+# check real images, and curl, Python and node as unmodified clients. Does
+# nothing where all is there.
 set -euo pipefail
 
-declare -A package=(
-	[gpg]=gnupg [curl]=curl [e2fsck]=e2fsprogs [mkfs.xfs]=xfsprogs [mkfs.btrfs]=btrfs-progs
-	[losetup]=mount [python3]=python3 [node]=nodejs [npm]=npm [ip]=iproute2 [git]=git
-)
+declare -A package=([gpg]=gnupg [losetup]=mount [mount]=mount)
+if [ "${1:-test}" != demo ]; then
+	package+=(
+		[curl]=curl [e2fsck]=e2fsprogs [mkfs.xfs]=xfsprogs [mkfs.btrfs]=btrfs-progs
+		[python3]=python3 [node]=nodejs [npm]=npm [ip]=iproute2 [git]=git
+	)
+fi
 export PATH=$PATH:/usr/sbin:/sbin
 missing=()
 for tool in "${!package[@]}"; do
