@@ -47,13 +47,31 @@ func (e *execution) work(j pool.Assignment) {
 	entry := Entry{Assignment: j, Created: a.Now()}
 	if err := e.launch(&entry); err != nil {
 		log.WithError(err).Warn("the job could not be started")
-		if cerr := e.clean(entry); cerr != nil {
-			e.reportCleanup(entry, cerr)
-		}
-		e.finishUnbegun(j, err)
+		e.undo(entry, err)
 		return
 	}
 	e.follow(entry)
+}
+
+// undo ends a job that could not be started and removes what was made for it.
+func (e *execution) undo(entry Entry, err error) {
+	a := e.agent
+	if a.journal.begun(e.id) { // the runner had come that far before its start failed
+		if serr := e.settle(entry); serr != nil {
+			a.Log.WithError(serr).WithField("job", e.id).Error("the job could not be settled; the next start tries again")
+		}
+		return
+	}
+	cleanup := e.clean(entry)
+	if cleanup != nil {
+		e.reportCleanup(entry, cleanup)
+	}
+	if recorded := e.finishUnbegun(entry.Assignment, err); !recorded || cleanup != nil {
+		return // the journal keeps it for the next start
+	}
+	if err := a.journal.end(e.id); err != nil {
+		a.Log.WithError(err).WithField("job", e.id).Error("the journal of an ended job could not be removed; the next start tries again")
+	}
 }
 
 // turn waits until this host may run one more job of that kind.
@@ -77,14 +95,14 @@ func (e *execution) gate(k pool.JobKind) chan struct{} {
 
 // finishUnbegun reports a job of which nothing has run. A daemon that goes
 // down leaves it as it is: the next start resumes or ends it.
-func (e *execution) finishUnbegun(j pool.Assignment, err error) {
+func (e *execution) finishUnbegun(j pool.Assignment, err error) (recorded bool) {
 	if e.stopping() {
-		return
+		return false
 	}
 	if cause := context.Cause(e.ctx); cause != nil && xapi.Is(cause, xapi.TaskCancelled) {
 		err = cause
 	}
-	e.finish(j, pool.Outcome{Err: xapi.AsError(err)})
+	return e.finish(j, pool.Outcome{Err: xapi.AsError(err)}) == nil
 }
 
 func (e *execution) finish(j pool.Assignment, o pool.Outcome) error {
@@ -336,11 +354,13 @@ func (e *execution) settle(entry Entry) error {
 		}
 	}
 	cleanup := e.clean(entry)
-	if again {
-		if cleanup != nil {
-			return cleanup
+	if again && cleanup == nil {
+		if cleanup = a.journal.end(e.id); cleanup == nil {
+			return a.Coordinator.JobRequeue(ctx, j.Ref)
 		}
-		return a.Coordinator.JobRequeue(ctx, j.Ref)
+	}
+	if again {
+		outcome.Err = interrupted(j.Job)
 	}
 	if err := e.finish(j, outcome); err != nil {
 		return err

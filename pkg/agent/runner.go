@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"time"
@@ -208,17 +209,21 @@ func exitOf(end dom0.Result) int {
 	return end.ExitCode
 }
 
-// verb runs the patch with one argument. stdout is what it printed there,
-// capped; everything goes to the output as well.
+// verb runs the patch with one argument. Everything it prints goes to the
+// output; stdout is what precheck printed there, capped.
 func (r *runner) verb(ctx context.Context, verb string, timeout time.Duration) (dom0.Result, string, error) {
 	progress, err := newProgress(filepath.Join(r.dir, fileProgress))
 	if err != nil {
 		return dom0.Result{}, "", err
 	}
 	stdout := &capped{max: maxStdout}
+	var out io.Writer = r.out // one pipe with stderr: the order in which it was written
+	if verb == "precheck" {
+		out = r.out.tee(stdout)
+	}
 	end, err := r.dom0.Run(ctx, dom0.Cmd{
 		Path: filepath.Join(r.mnt, vdi.FileName), Args: []string{verb}, Dir: r.mnt, Env: r.environment(verb),
-		Stdout: r.out.tee(stdout), Stderr: r.out, ExtraFiles: []dom0.File{progress.w},
+		Stdout: out, Stderr: r.out, ExtraFiles: []dom0.File{progress.w},
 		Group: patchGroup(r.run.Job), Timeout: timeout, Grace: r.run.Timeouts.Grace,
 	})
 	if perr := progress.close(); err == nil {
