@@ -23,22 +23,22 @@ type Key struct {
 var keys struct {
 	sync.Mutex
 	homes []string
-	first *Key
+}
+
+var first struct {
+	sync.Mutex
+	key *Key
 }
 
 // DefaultKey is the key that every Host trusts; it is made once in a test run.
 func DefaultKey(t testing.TB) *Key {
 	t.Helper()
-	keys.Lock()
-	k := keys.first
-	keys.Unlock()
-	if k == nil {
-		k = NewKey(t, "Lab <lab@example.test>")
-		keys.Lock()
-		keys.first = k
-		keys.Unlock()
+	first.Lock()
+	defer first.Unlock()
+	if first.key == nil {
+		first.key = NewKey(t, "Lab <lab@example.test>")
 	}
-	return k
+	return first.key
 }
 
 // NewKey makes an ed25519 key without a passphrase.
