@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	mathrand "math/rand/v2"
 	"net/http"
 	"net/url"
 	"os"
@@ -162,9 +163,6 @@ func TestS1_15_VDIHasFourTimesTheSize(t *testing.T) {
 	}
 }
 
-// sparse is a reader of n zeros.
-func sparse(n int64) io.Reader { return io.LimitReader(zeros{}, n) }
-
 type zeros struct{}
 
 func (zeros) Read(p []byte) (int, error) {
@@ -193,7 +191,14 @@ func TestS1_17_StreamLargerThanTheImage(t *testing.T) {
 // endless is a signed message without compression that brings n GiB of zeros
 // and then ends in the middle: a one-pass signature of the lab's key, then
 // literal data in parts of 1 GiB.
-func endless(t *testing.T, n int) io.Reader {
+func endless(t *testing.T, n int) io.Reader { return openMessage(t, n, zeros{}) }
+
+// noise is the same of n bytes that no filesystem can leave out.
+func noise(t *testing.T, n int64) io.Reader {
+	return io.LimitReader(openMessage(t, 1+int(n/gib), mathrand.NewChaCha8([32]byte{})), n)
+}
+
+func openMessage(t *testing.T, n int, source io.Reader) io.Reader {
 	t.Helper()
 	signed := lab.DefaultKey(t).Sign(t, []byte("x"))
 	const onePass = 15 // bytes: old format, length in one byte
@@ -203,10 +208,10 @@ func endless(t *testing.T, n int) io.Reader {
 	const part = 0xe0 + 30
 	literal := "b\x00\x00\x00\x00\x00"
 	parts := []io.Reader{
-		bytes.NewReader(signed[:onePass]), bytes.NewReader([]byte{0xc0 + 11, part}), strings.NewReader(literal), sparse(gib - int64(len(literal))),
+		bytes.NewReader(signed[:onePass]), bytes.NewReader([]byte{0xc0 + 11, part}), strings.NewReader(literal), io.LimitReader(source, gib-int64(len(literal))),
 	}
 	for range n - 1 {
-		parts = append(parts, bytes.NewReader([]byte{part}), sparse(gib))
+		parts = append(parts, bytes.NewReader([]byte{part}), io.LimitReader(source, gib))
 	}
 	return io.MultiReader(parts...)
 }
