@@ -6,7 +6,6 @@ import (
 	"io"
 	"net/http"
 	"os"
-	"strconv"
 	"time"
 
 	"github.com/patchd/patchd/pkg/session"
@@ -87,35 +86,89 @@ func (c *call) send(open func(context.Context) (f *os.File, release func(), err 
 	}
 }
 
-// sendFile sends f. A client that takes nothing for too long is cut off.
+// sendFile sends f, or the range of it that was asked for. A client that takes
+// nothing for too long is cut off.
 func (c *call) sendFile(ctx context.Context, t *task.Handle, f *os.File) error {
-	size, err := f.Seek(0, io.SeekEnd)
+	st, err := f.Stat()
 	if err != nil {
 		return fmt.Errorf("size: %w", err)
-	}
-	if _, err := f.Seek(0, io.SeekStart); err != nil {
-		return fmt.Errorf("rewind: %w", err)
 	}
 	unhook := context.AfterFunc(ctx, func() { c.rc.SetWriteDeadline(time.Unix(1, 0)) })
 	defer unhook()
 	c.w.Header().Set("Content-Type", "application/octet-stream")
-	c.w.Header().Set("Content-Length", strconv.FormatInt(size, 10))
-	c.w.WriteHeader(http.StatusOK)
 	c.answer = true
-	for sent := int64(0); sent < size; {
-		c.rc.SetWriteDeadline(time.Now().Add(c.h.Stall)) //nolint:errcheck // a server without deadlines does not stall out
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-		n, err := io.CopyN(c.w, f, min(sendChunk, size-sent))
-		sent += n
-		if err != nil {
-			if ctx.Err() != nil {
-				return context.Cause(ctx)
-			}
-			return fmt.Errorf("send: %w", err)
-		}
-		t.Progress(float64(sent) / float64(size))
+	out := &outgoing{ResponseWriter: c.w, ctx: ctx, rc: c.rc, stall: c.h.Stall, task: t, size: st.Size()}
+	http.ServeContent(out, c.r, "", time.Time{}, f)
+	switch {
+	case ctx.Err() != nil:
+		return context.Cause(ctx)
+	case out.err != nil:
+		return fmt.Errorf("send: %w", out.err)
+	case out.status >= http.StatusBadRequest:
+		return xapi.NewError(xapi.InvalidValue, "Range", fmt.Sprintf("%.64s", c.r.Header.Get("Range")))
 	}
 	return nil
+}
+
+// outgoing is an answer that moves its deadline on as the client takes it,
+// ends with the task, and remembers what went wrong.
+type outgoing struct {
+	http.ResponseWriter
+	ctx   context.Context
+	rc    *http.ResponseController
+	stall time.Duration
+	task  *task.Handle
+	size  int64
+
+	status int
+	sent   int64
+	err    error
+}
+
+func (o *outgoing) WriteHeader(status int) {
+	o.status = status
+	o.ResponseWriter.WriteHeader(status)
+}
+
+func (o *outgoing) Write(p []byte) (int, error) {
+	o.rc.SetWriteDeadline(time.Now().Add(o.stall)) //nolint:errcheck // a server without deadlines does not stall out
+	if o.ctx.Err() != nil {
+		return 0, context.Cause(o.ctx)
+	}
+	n, err := o.ResponseWriter.Write(p)
+	o.note(int64(n), err)
+	return n, err
+}
+
+// ReadFrom hands the file to the connection a chunk at a time, so that the
+// kernel may send it.
+func (o *outgoing) ReadFrom(r io.Reader) (sent int64, err error) {
+	for err == nil {
+		o.rc.SetWriteDeadline(time.Now().Add(o.stall)) //nolint:errcheck // a server without deadlines does not stall out
+		if o.ctx.Err() != nil {
+			return sent, context.Cause(o.ctx)
+		}
+		var n int64
+		n, err = io.CopyN(o.ResponseWriter, r, sendChunk)
+		sent += n
+		if err != io.EOF {
+			o.note(n, err)
+		} else {
+			o.note(n, nil)
+		}
+	}
+	if err == io.EOF {
+		return sent, nil
+	}
+	return sent, err
+}
+
+func (o *outgoing) note(n int64, err error) {
+	o.sent += n
+	if err != nil && o.err == nil {
+		o.err = err
+	}
+	if o.size > 0 {
+		o.task.Progress(float64(o.sent) / float64(o.size))
+	}
 }
