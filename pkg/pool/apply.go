@@ -44,7 +44,7 @@ func (p *Pool) PatchPrecheck(ctx context.Context, patch, host xapi.Ref) (string,
 func (p *Pool) PatchApply(ctx context.Context, patch, host xapi.Ref) (string, error) {
 	var ref xapi.Ref
 	err := p.Store.Update(ctx, func(tx *store.Tx) (err error) {
-		ref, err = p.beginApply(ctx, tx, patch, host)
+		ref, err = p.beginApply(ctx, tx, patch, host, "")
 		return err
 	})
 	if err != nil {
@@ -98,8 +98,9 @@ func (p *Pool) newJob(ctx context.Context, tx *store.Tx, j Job) (xapi.Ref, error
 	return ref, nil
 }
 
-// beginApply writes the host_patch that says "in progress" and the job.
-func (p *Pool) beginApply(ctx context.Context, tx *store.Tx, patch, host xapi.Ref) (xapi.Ref, error) {
+// beginApply writes the host_patch that says "in progress" and the job. run is
+// the uuid of the Run it is part of, or "".
+func (p *Pool) beginApply(ctx context.Context, tx *store.Tx, patch, host xapi.Ref, run xapi.UUID) (xapi.Ref, error) {
 	if !tx.Has(ClassPatch, patch) {
 		return "", xapi.NewError(xapi.HandleInvalid, ClassPatch, string(patch))
 	}
@@ -110,7 +111,7 @@ func (p *Pool) beginApply(ctx context.Context, tx *store.Tx, patch, host xapi.Re
 	tx.Put(ClassHostPatch, hp, HostPatch{
 		UUID: xapi.NewUUID(), Host: host, PoolPatch: patch, OtherConfig: map[string]string{},
 	})
-	return p.newJob(ctx, tx, Job{Kind: JobApply, Patch: patch, Host: host, HostPatch: hp})
+	return p.newJob(ctx, tx, Job{Kind: JobApply, Patch: patch, Host: host, HostPatch: hp, Run: run})
 }
 
 // assertNotApplied refuses when host has patch or is getting it. What is left
@@ -215,10 +216,10 @@ func (p *Pool) runHosts(ctx context.Context, run Run) error {
 	for _, host := range run.Hosts {
 		var job xapi.Ref
 		err := p.Store.Update(ctx, func(tx *store.Tx) (err error) {
-			if job = p.openJob(tx, run, host); job != "" {
+			if job = p.jobOfRun(tx, run, host); job != "" {
 				return nil
 			}
-			job, err = p.beginApply(ctx, tx, run.Patch, host)
+			job, err = p.beginApply(ctx, tx, run.Patch, host, run.UUID)
 			return err
 		})
 		if xapi.Is(err, xapi.PatchAlreadyApplied) {
@@ -234,12 +235,12 @@ func (p *Pool) runHosts(ctx context.Context, run Run) error {
 	return nil
 }
 
-// openJob finds the apply that this run began on host and that is not done.
-func (p *Pool) openJob(tx *store.Tx, run Run, host xapi.Ref) xapi.Ref {
+// jobOfRun finds the apply that this run began on host, also one that has ended
+// while this process was down: a run asks a host once.
+func (p *Pool) jobOfRun(tx *store.Tx, run Run, host xapi.Ref) xapi.Ref {
 	for _, ref := range tx.Refs(ClassJob, "patch", string(run.Patch)) {
 		var job Job
-		if tx.Get(ClassJob, ref, &job) == nil && job.Kind == JobApply && job.Host == host &&
-			job.State != JobDone && !job.Task.IsNull() && job.Task == run.Task {
+		if tx.Get(ClassJob, ref, &job) == nil && job.Run == run.UUID && job.Host == host {
 			return ref
 		}
 	}

@@ -40,6 +40,7 @@ type Job struct {
 	Host      xapi.Ref  `json:"host"`
 	HostPatch xapi.Ref  `json:"host_patch,omitempty"`
 	Task      xapi.Ref  `json:"task,omitempty"`
+	Run       xapi.UUID `json:"run,omitempty"` // of the Run that began it
 	// VDI is the golden image the job reads, for as long as it is not done.
 	VDI   xapi.Ref `json:"VDI,omitempty"`
 	State JobState `json:"state"`
@@ -130,6 +131,25 @@ func (p *Pool) assignment(v *store.View, ref xapi.Ref, job Job) (Assignment, err
 		a.VDI, a.VDIRef = &vdi, a.Patch.VDI
 	}
 	return a, nil
+}
+
+// TaskJobs gives the jobs that have a task, by that task: also those that have
+// ended and whose task may not know yet.
+func (p *Pool) TaskJobs() (byTask map[xapi.Ref]xapi.Ref, err error) {
+	byTask = map[xapi.Ref]xapi.Ref{}
+	err = p.Store.View(func(v *store.View) error {
+		for _, it := range v.List(ClassJob) {
+			var job Job
+			if err := it.Decode(&job); err != nil {
+				return err
+			}
+			if !job.Task.IsNull() {
+				byTask[job.Task] = it.Ref // of a run: its last
+			}
+		}
+		return nil
+	})
+	return byTask, err
 }
 
 // WaitChange blocks until the records are newer than rev.
