@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"runtime/debug"
@@ -96,6 +97,10 @@ func serve(ctx context.Context, c server.Config) (err error) {
 	s, err := server.Open(ctx, c, server.Options{Log: log, Version: version})
 	if err != nil {
 		return err
+	}
+	// No folder it was started in is held: a patch may have started it.
+	if err := os.Chdir("/"); err != nil {
+		return errors.Join(err, s.Close())
 	}
 	if s.FirstPassword != "" {
 		log.Infof("root's first password is in %s/root-password", c.StateDir)

@@ -82,6 +82,11 @@ func Open(ctx context.Context, c Config, o Options) (s *Server, err error) {
 		return nil, err
 	}
 	undo.Push("close dom0", func(context.Context) error { return s.dom0.Close() })
+	if left, err := s.dom0.LeaveGroup(); err != nil {
+		s.log.WithError(err).Warn("this daemon was started by a patch and ends with it: start it through the init system")
+	} else if left {
+		s.log.Info("this daemon was started by a patch and has left the patch's control group")
+	}
 	full, err := s.state.useReserve(s.dom0, s.log)
 	if err != nil {
 		return nil, err
@@ -298,8 +303,8 @@ func (s *Server) ensureStorage(ctx context.Context) error {
 	return s.pool.SetDefaultSR(ctx, ref)
 }
 
-// resume takes up the tasks whose work is durable: open runs, and jobs that
-// were begun. They end with it.
+// resume takes up the tasks whose work is durable: open runs, and jobs, also
+// those that ended while nobody could tell their task.
 func (s *Server) resume() (map[xapi.Ref]bool, error) {
 	owned := map[xapi.Ref]bool{}
 	refs, runs, err := s.pool.OpenRuns()
@@ -312,18 +317,28 @@ func (s *Server) resume() (map[xapi.Ref]bool, error) {
 			return "", s.pool.ContinueRun(pool.Resuming(ctx), refs[i])
 		})
 	}
-	jobs, _, err := s.pool.Jobs(s.pool.Self)
+	jobs, err := s.pool.TaskJobs()
 	if err != nil {
 		return nil, err
 	}
-	for _, j := range jobs {
-		if j.Job.Task.IsNull() || owned[j.Job.Task] {
+	for ref, job := range jobs {
+		if rec, err := s.tasks.Get(ref); err != nil || rec.Status.Finished() || owned[ref] {
 			continue
 		}
-		owned[j.Job.Task] = true
-		s.takeUp(j.Job.Task, func(ctx context.Context) (string, error) { return s.pool.JobResult(ctx, j.Ref) })
+		owned[ref] = true
+		s.takeUp(ref, func(ctx context.Context) (string, error) { return s.jobResult(ctx, job) })
 	}
 	return owned, nil
+}
+
+// jobResult is the outcome of a job as its task tells it: pool_patch.pool_apply
+// gives no text.
+func (s *Server) jobResult(ctx context.Context, ref xapi.Ref) (string, error) {
+	text, err := s.pool.JobResult(ctx, ref)
+	if job, jerr := s.pool.Job(ref); jerr == nil && job.Run != "" {
+		text = ""
+	}
+	return text, err
 }
 
 // takeUp drives the task of resumed work; a task that is gone does not keep
