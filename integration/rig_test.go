@@ -266,3 +266,35 @@ func rawRequest(h *lab.Host, head string, body []byte, limit time.Duration) (a l
 	b, err := io.ReadAll(res.Body)
 	return lab.Answer{Status: res.StatusCode, Body: b, Header: res.Header}, err
 }
+
+// endProcess ends the process whose pid a file holds, and waits for its end.
+func endProcess(t testing.TB, file string) {
+	t.Helper()
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	pid := int(number(t, strings.TrimSpace(string(b))))
+	syscall.Kill(pid, syscall.SIGTERM)
+	until(t, "process "+strconv.Itoa(pid)+" to end", func() bool {
+		return syscall.Kill(pid, 0) != nil || processState(pid) == "Z"
+	})
+}
+
+func processState(pid int) string {
+	b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	_, rest, _ := strings.Cut(string(b), ") ")
+	state, _, _ := strings.Cut(rest, " ")
+	return state
+}
+
+// answers tells whether a daemon listens and is ready.
+func answers(h *lab.Host) bool {
+	res, err := http.Get(h.URL + "/healthz")
+	if err != nil {
+		return false
+	}
+	res.Body.Close()
+	return res.StatusCode == http.StatusOK
+}
