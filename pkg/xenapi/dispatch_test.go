@@ -324,6 +324,10 @@ func TestWorkDoesNotEndWithTheRequest(t *testing.T) {
 	if err := <-done; err != nil {
 		t.Error(err)
 	}
+	left := r.good("task.get_all_records_where", `field "name_label"="pool_patch.apply"`).(map[string]any)
+	if len(left) != 1 {
+		t.Errorf("nobody got the answer, and the tasks that tell it are %v", left)
+	}
 
 	began, goOn = make(chan struct{}), make(chan struct{})
 	ref := r.good("Async.pool_patch.apply", r.patch, r.host)

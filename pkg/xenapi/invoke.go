@@ -95,9 +95,11 @@ func (c *call) spec() task.Spec {
 }
 
 // runTask runs a call that the client waits for, as a task that others can see
-// and cancel. A client that goes away changes nothing.
+// and cancel. A client that goes away changes nothing; the finished task is
+// there for it to find. A client that gets the answer has no use for it, and
+// as few finished tasks are kept, it must not push out those of others.
 func (s *Server) runTask(c *call) (any, error) {
-	base := context.WithoutCancel(c.ctx)
+	request, base := c.ctx, context.WithoutCancel(c.ctx)
 	ref, err := s.Tasks.Create(base, c.spec())
 	if err != nil {
 		return nil, err
@@ -112,7 +114,19 @@ func (s *Server) runTask(c *call) (any, error) {
 		out = v
 		return XMLValue(v), nil
 	})
+	if request.Err() == nil {
+		s.forget(base, ref)
+	}
 	return out, err
+}
+
+// forget destroys the task of an answered call. Others may have been quicker.
+func (s *Server) forget(ctx context.Context, ref xapi.Ref) {
+	ctx, cancel := context.WithTimeout(ctx, writeTimeout)
+	defer cancel()
+	if err := s.Tasks.Destroy(ctx, ref); err != nil && !xapi.Is(err, xapi.HandleInvalid) {
+		s.Log.WithError(err).WithField("task_ref", ref).Warn("the task of an answered call stays until it is old")
+	}
 }
 
 // startTask starts an asynchronous call and gives its task. What becomes of it
