@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"net"
 	"net/http"
 	"os"
@@ -66,7 +67,7 @@ func openListeners(c Config, s stateDir, cert tls.Certificate, log logrus.FieldL
 	if c.Listen != "" {
 		ln, err := net.Listen("tcp", c.Listen)
 		if err != nil {
-			return l, err
+			return l, fmt.Errorf("plain HTTP: %w; --listen names another address", err)
 		}
 		l.Addr = ln.Addr()
 		l.serve(&capListener{Listener: ln}, nil)
@@ -74,7 +75,7 @@ func openListeners(c Config, s stateDir, cert tls.Certificate, log logrus.FieldL
 	if c.TLSListen != "" {
 		ln, err := net.Listen("tcp", c.TLSListen)
 		if err != nil {
-			return l, err
+			return l, fmt.Errorf("TLS: %w; --tls-listen names another address", err)
 		}
 		l.TLSAddr = ln.Addr()
 		l.serve(tls.NewListener(&capListener{Listener: ln}, tlsConfig(cert)), nil)

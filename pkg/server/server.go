@@ -62,8 +62,8 @@ type Options struct {
 // Open starts everything but the jobs: after it the listeners answer, with
 // HOST_STILL_BOOTING until Run has repaired what was left. On failure nothing
 // stays behind. Close ends it.
-func Open(ctx context.Context, c Config, o Options) (s *Server, err error) {
-	s = &Server{config: c, log: o.Log, version: o.Version, runner: o.Runner}
+func Open(ctx context.Context, c Config, o Options) (_ *Server, err error) {
+	s := &Server{config: c, log: o.Log, version: o.Version, runner: o.Runner}
 	if len(s.runner) == 0 {
 		exe, err := os.Executable()
 		if err != nil {
