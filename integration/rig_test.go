@@ -298,3 +298,9 @@ func answers(h *lab.Host) bool {
 	res.Body.Close()
 	return res.StatusCode == http.StatusOK
 }
+
+func defaultSR(s *lab.Session) string {
+	s.H.T.Helper()
+	_, pool := s.One("pool")
+	return pool["default_SR"].(string)
+}
