@@ -246,20 +246,13 @@ func interrupted(j pool.Job) *xapi.Error {
 // killStrangers ends control groups of jobs that no journal knows: their
 // folder went before the group did.
 func (a *Agent) killStrangers(ctx context.Context, known map[xapi.UUID]bool) error {
-	groups, err := a.Dom0.Groups()
+	groups, err := a.strangeGroups(func(id xapi.UUID) bool { return known[id] })
 	if err != nil {
 		return err
 	}
 	var errs []error
 	for _, g := range groups {
-		for _, prefix := range []string{"runner-", "patch-"} {
-			if len(g) != len(prefix)+36 || g[:len(prefix)] != prefix {
-				continue
-			}
-			if id := xapi.UUID(g[len(prefix):]); id.Valid() && !known[id] {
-				errs = append(errs, a.Dom0.Kill(ctx, g, a.Timeouts.Grace))
-			}
-		}
+		errs = append(errs, a.Dom0.Kill(ctx, g, a.Timeouts.Grace))
 	}
 	return errors.Join(errs...)
 }

@@ -45,6 +45,9 @@ type Pool struct {
 	// Local is the agent of this host; set before the first call that needs it.
 	Local LocalHost
 
+	// Also is what Examine looks at beside the records and the storage; may be nil.
+	Also func(ctx context.Context) ([]Finding, error)
+
 	storage Storage
 }
 

@@ -174,7 +174,7 @@ func (s *Server) openPool(ctx context.Context, hostname string) error {
 			Grace: time.Duration(s.config.GraceTimeout),
 		},
 	})
-	s.pool.Local = s.agent
+	s.pool.Local, s.pool.Also = s.agent, s.examine
 	return os.MkdirAll(s.keysDir(), 0o755)
 }
 

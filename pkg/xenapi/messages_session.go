@@ -1,6 +1,8 @@
 package xenapi
 
 import (
+	"strconv"
+
 	"github.com/patchd/patchd/pkg/session"
 	"github.com/patchd/patchd/pkg/xapi"
 )
@@ -84,6 +86,7 @@ func ownMessages() []*Message {
 		m.by(session.PoolAdmin)
 	}
 	return append(users,
+		look("patchd", "doctor", SetOf(stringMap), examine),
 		work("patchd", "patch_settle", Void, func(c *call) (any, error) {
 			return nil, c.srv.Pool.PatchSettle(c.ctx, c.ref(0), c.ref(1), c.flag(2))
 		}, refParam("patch", "pool_patch"), refParam("host", "host"), boolParam("applied")),
@@ -91,6 +94,27 @@ func ownMessages() []*Message {
 			return refResult(c.srv.Pool.PatchImport(c.ctx, c.text(0)))
 		}, textParam("path")).by(session.PoolAdmin),
 	)
+}
+
+// examine gives what was looked at for an admin: check, ok ("true" or
+// "false"), text and, where it is about one object, class, uuid and name.
+func examine(c *call) (any, error) {
+	e, ok := c.srv.Pool.(Examiner)
+	if !ok {
+		return []any{}, nil
+	}
+	found, err := e.Examine(c.ctx)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]any, len(found))
+	for i, f := range found {
+		out[i] = map[string]any{
+			"check": f.Check, "ok": strconv.FormatBool(f.OK), "text": f.Text,
+			"class": f.Class, "uuid": string(f.UUID), "name": f.Name,
+		}
+	}
+	return out, nil
 }
 
 // userList gives name, role, created and changed (of the password) of each user.

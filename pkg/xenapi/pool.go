@@ -17,6 +17,13 @@ type Pool interface {
 	MessageDestroy(ctx context.Context, message xapi.Ref) error
 }
 
+// Examiner is a Pool that can look for what an admin must see to.
+type Examiner interface {
+	Examine(ctx context.Context) ([]pool.Finding, error)
+}
+
+var _ Examiner = (*pool.Pool)(nil)
+
 // PatchPool is the side of patches.
 type PatchPool interface {
 	PatchPrecheck(ctx context.Context, patch, host xapi.Ref) (string, error)

@@ -160,6 +160,37 @@ func scan(ctx context.Context, folder *os.File) ([]sr.Volume, error) {
 	return volumes, nil
 }
 
+var _ sr.Inspector = (*repository)(nil)
+
+// Strangers names what is neither a volume nor the marker of the SR.
+func (r *repository) Strangers(ctx context.Context, limit int) (names []string, total int, err error) {
+	leave, err := r.enter(ctx)
+	if err != nil {
+		return nil, 0, err
+	}
+	defer leave()
+	err = eachName(r.folder, func(name string) bool {
+		base, image := strings.CutSuffix(name, suffix)
+		if n, ok := sr.ParseName(base); name == markerName || image && ok && isVolume(r.folder, n) {
+			return true
+		}
+		total++
+		names = append(names, name)
+		if len(names) > 2*limit { // the first ones in order are kept
+			slices.Sort(names)
+			names = names[:limit]
+		}
+		return sr.Alive(ctx) == nil
+	})
+	slices.Sort(names)
+	return names[:min(limit, len(names))], total, cmp.Or(err, sr.Alive(ctx))
+}
+
+func isVolume(folder *os.File, n sr.Name) bool {
+	_, err := look(folder, n)
+	return err == nil || !errors.Is(err, errNotRegular)
+}
+
 // eachName calls f for every name in folder until it answers false.
 func eachName(folder *os.File, f func(name string) bool) error {
 	fd, err := unix.Openat(int(folder.Fd()), ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)

@@ -1,0 +1,277 @@
+package pool
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"github.com/patchd/patchd/pkg/sr"
+	"github.com/patchd/patchd/pkg/store"
+	"github.com/patchd/patchd/pkg/xapi"
+)
+
+// Finding is one thing that was looked at for an admin.
+type Finding struct {
+	Check string // what was looked at, such as "room"
+	OK    bool
+	Class string // the object it is about, or "" for the pool as a whole
+	UUID  xapi.UUID
+	Name  string
+	Text  string // what was found and, when it is not OK, what helps
+}
+
+// lowRoom is the room below which an SR is worth a look, in bytes.
+const lowRoom = 1 << 30
+
+// maxNames bounds the names that one finding tells.
+const maxNames = 5
+
+// Examine looks at what this host sees of the pool: default SR, SRs and what
+// lies in them, outcomes that nobody knows, undone work, messages. It changes
+// nothing.
+func (p *Pool) Examine(ctx context.Context) ([]Finding, error) {
+	var out []Finding
+	looks := []func(context.Context) ([]Finding, error){
+		p.examineDefaultSR, p.examineSRs, p.examineVDIs, p.examineOutcomes, p.examineMessages,
+	}
+	if p.Also != nil {
+		looks = append(looks, p.Also)
+	}
+	for _, look := range looks {
+		found, err := look(ctx)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, found...)
+	}
+	return out, nil
+}
+
+func (p *Pool) examineDefaultSR(context.Context) ([]Finding, error) {
+	_, rec, err := p.Record()
+	if err != nil {
+		return nil, err
+	}
+	f := Finding{Check: "default SR", Text: "there is none: `patchd sr set-default SR` says where patches go"}
+	if def, err := p.sr(rec.DefaultSR); err == nil {
+		f.OK, f.Class, f.UUID, f.Name, f.Text = true, ClassSR, def.UUID, def.NameLabel, "uploads go there"
+	} else if !xapi.Is(err, xapi.HandleInvalid) {
+		return nil, err
+	}
+	return []Finding{f}, nil
+}
+
+// pluggings lists the SRs and why each is not plugged here, or "".
+func (p *Pool) pluggings() (srs map[xapi.Ref]SR, unplugged map[xapi.Ref]string, err error) {
+	srs, unplugged = map[xapi.Ref]SR{}, map[xapi.Ref]string{}
+	err = p.Store.View(func(v *store.View) error {
+		for _, it := range v.List(ClassSR) {
+			var rec SR
+			if err := it.Decode(&rec); err != nil {
+				return err
+			}
+			srs[it.Ref], unplugged[it.Ref] = rec, "no host is linked to it: `xe pbd-create` links one"
+		}
+		for _, it := range v.List(ClassPBD) {
+			var rec PBD
+			if err := it.Decode(&rec); err != nil {
+				return err
+			}
+			switch {
+			case rec.CurrentlyAttached:
+				delete(unplugged, rec.SR)
+			case unplugged[rec.SR] != "":
+				why := rec.OtherConfig[keyPlugFailed]
+				if why != "" {
+					why = ", for at the last start: " + why
+				}
+				unplugged[rec.SR] = fmt.Sprintf("not plugged%s. `xe pbd-plug uuid=%s` plugs it", why, rec.UUID)
+			}
+		}
+		return nil
+	})
+	return srs, unplugged, err
+}
+
+func (p *Pool) examineSRs(ctx context.Context) ([]Finding, error) {
+	srs, unplugged, err := p.pluggings()
+	if err != nil {
+		return nil, err
+	}
+	refs := slices.SortedFunc(maps.Keys(srs), func(a, b xapi.Ref) int {
+		return strings.Compare(srs[a].NameLabel+string(srs[a].UUID), srs[b].NameLabel+string(srs[b].UUID))
+	})
+	var out []Finding
+	for _, ref := range refs {
+		rec := srs[ref]
+		f := Finding{Check: "plugged", OK: true, Class: ClassSR, UUID: rec.UUID, Name: rec.NameLabel}
+		if f.Text = unplugged[ref]; f.Text != "" {
+			f.OK = false
+			out = append(out, f)
+			continue
+		}
+		found, err := p.examineSR(ctx, ref, f)
+		if err != nil {
+			f.OK, f.Text = false, "it cannot be looked at: "+brief(err)
+			found = []Finding{f}
+		}
+		out = append(out, found...)
+	}
+	return out, nil
+}
+
+// examineSR looks into one plugged SR; about is a finding that names it.
+func (p *Pool) examineSR(ctx context.Context, ref xapi.Ref, about Finding) ([]Finding, error) {
+	before, err := p.known(ref)
+	if err != nil {
+		return nil, err
+	}
+	repo, release, err := p.useSR(ref)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	stat, err := repo.Stat(ctx)
+	if err != nil {
+		return nil, err
+	}
+	volumes, err := repo.Scan(ctx)
+	if err != nil {
+		return nil, err
+	}
+	say := func(check string, ok bool, format string, args ...any) Finding {
+		about.Check, about.OK, about.Text = check, ok, fmt.Sprintf(format, args...)
+		return about
+	}
+	out := []Finding{say("room", stat.Free >= lowRoom, "plugged; %d MiB may still be written", stat.Free>>20)}
+	if stat.Free < lowRoom {
+		out[0] = say("room", false, "only %d MiB may still be written: remove disk images there (`patchd vdi list`), or set another default SR", stat.Free>>20)
+	}
+	orphans, dead, foreign := p.sortVolumes(before, volumes)
+	if len(orphans) > 0 {
+		out = append(out, say("disk images without a record", false, "%s: `patchd sr scan %s` gives them records as plain VDIs", someOf(orphans, len(orphans)), about.UUID))
+	}
+	if len(dead) > 0 {
+		out = append(out, say("working data of jobs that are over", false, "%s: `patchd sr scan %s` removes it, and so does the hourly sweep", someOf(dead, len(dead)), about.UUID))
+	}
+	if len(foreign) > 0 {
+		out = append(out, say("working data of other hosts or pools", false, "%s: left alone; remove it by hand if that host is gone for good", someOf(foreign, len(foreign))))
+	}
+	if i, ok := repo.(sr.Inspector); ok {
+		names, total, err := i.Strangers(ctx, maxNames)
+		if err != nil {
+			return nil, err
+		}
+		if total > 0 {
+			out = append(out, say("foreign files", false, "%s: not patchd's, left alone; they take up room of the SR", someOf(names, total)))
+		}
+	}
+	return out, nil
+}
+
+// sortVolumes picks the volumes that no record accounts for. A volume that came
+// after the records were read is accounted for by the records as they are now.
+func (p *Pool) sortVolumes(before known, volumes []sr.Volume) (orphans, dead, foreign []string) {
+	now, err := p.known("")
+	for _, v := range volumes {
+		o := v.Name.Owner
+		switch {
+		case v.Name.Kind == sr.KindLive:
+			if !before.has(v.Name.VDI) && err == nil && !now.has(v.Name.VDI) {
+				orphans = append(orphans, v.Name.String())
+			}
+		case o.Pool != p.PoolUUID || o.Host != p.SelfUUID:
+			foreign = append(foreign, v.Name.String())
+		case !p.ownerAlive(o.Job):
+			dead = append(dead, v.Name.String())
+		}
+	}
+	return orphans, dead, foreign
+}
+
+// someOf names a few of total things.
+func someOf(names []string, total int) string {
+	shown := names[:min(len(names), maxNames)]
+	text := make([]string, len(shown))
+	for i, n := range shown {
+		text[i] = fmt.Sprintf("%.200q", n)
+	}
+	if total > len(shown) {
+		return fmt.Sprintf("%s and %d more", strings.Join(text, ", "), total-len(shown))
+	}
+	return strings.Join(text, ", ")
+}
+
+// examineVDIs looks for records whose image is gone, and for work that could
+// not be undone.
+func (p *Pool) examineVDIs(context.Context) (out []Finding, err error) {
+	err = p.Store.View(func(v *store.View) error {
+		for _, it := range v.List(ClassVDI) {
+			var rec VDI
+			if err := it.Decode(&rec); err != nil {
+				return err
+			}
+			if rec.Missing {
+				out = append(out, Finding{Check: "image", Class: ClassVDI, UUID: rec.UUID, Name: rec.NameLabel,
+					Text: "its image is gone from the SR: `patchd vdi destroy " + string(rec.UUID) + "` removes the record; upload the patch again if it was one"})
+			}
+		}
+		for _, it := range v.List(ClassIntent) {
+			var in Intent
+			if err := it.Decode(&in); err != nil {
+				return err
+			}
+			if in.Undo && !p.storage.isActive(in.UUID) {
+				out = append(out, Finding{Check: "undo", Class: ClassVDI, UUID: in.VDI,
+					Text: fmt.Sprintf("what was begun with it (%s, %s) could not be undone yet; it is tried hourly and at each start", in.Kind, xapi.FormatTime(in.Created))})
+			}
+		}
+		return nil
+	})
+	return out, err
+}
+
+// examineOutcomes looks for applies that were begun and whose end is unknown.
+func (p *Pool) examineOutcomes(context.Context) (out []Finding, err error) {
+	err = p.Store.View(func(v *store.View) error {
+		for _, it := range v.List(ClassHostPatch) {
+			var hp HostPatch
+			if err := it.Decode(&hp); err != nil {
+				return err
+			}
+			if hp.OtherConfig[KeyState] != StateUnknown {
+				continue
+			}
+			patch, perr := store.Get[Patch](v, ClassPatch, hp.PoolPatch)
+			host, herr := store.Get[Host](v, ClassHost, hp.Host)
+			if err := errors.Join(perr, herr); err != nil {
+				return err
+			}
+			out = append(out, Finding{Check: "apply outcome", Class: ClassPatch, UUID: patch.UUID, Name: patch.NameLabel,
+				Text: fmt.Sprintf("nobody knows how its apply on host %s ended: look there, then `patchd patch settle %s %s --applied` or `--not-applied`", host.NameLabel, patch.UUID, host.UUID)})
+		}
+		return nil
+	})
+	if err == nil && len(out) == 0 {
+		out = []Finding{{Check: "apply outcomes", OK: true, Text: "all known"}}
+	}
+	return out, err
+}
+
+func (p *Pool) examineMessages(context.Context) (out []Finding, err error) {
+	err = p.Store.View(func(v *store.View) error {
+		for _, it := range v.List(ClassMessage) {
+			var m Message
+			if err := it.Decode(&m); err != nil {
+				return err
+			}
+			out = append(out, Finding{Check: "message " + m.Name, Class: "message", UUID: m.UUID,
+				Text: fmt.Sprintf("%s: %s (`xe message-destroy uuid=%s` when it is dealt with)", xapi.FormatTime(m.Timestamp), m.Body, m.UUID)})
+		}
+		return nil
+	})
+	return out, err
+}
