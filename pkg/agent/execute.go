@@ -133,7 +133,7 @@ func (e *execution) launch(entry *Entry) error {
 	if err != nil {
 		return err
 	}
-	if err := writeJSON(a.journal.path(e.id, fileRun), run); err != nil {
+	if err := a.journal.order(e.id, run); err != nil {
 		return err
 	}
 	if _, err := a.Coordinator.JobClaim(e.ctx, j.Ref); err != nil {
@@ -247,9 +247,14 @@ func (e *execution) spawn() error {
 // the builds that have it.
 func runnerEnvironment() []string {
 	env := []string{"PATH=" + os.Getenv("PATH")}
-	for _, name := range []string{"PATCHD_FAULT_RUNNER", "PATCHD_FAULT_TRACE"} {
-		if v := os.Getenv(name); v != "" && fault.Enabled {
-			env = append(env, strings.TrimSuffix(name, "_RUNNER")+"="+v)
+	if !fault.Enabled {
+		return env
+	}
+	for mine, its := range map[string]string{
+		"PATCHD_FAULT_RUNNER": "PATCHD_FAULT", "PATCHD_FAULT_RUNNER_PLAN": "PATCHD_FAULT_PLAN", "PATCHD_FAULT_TRACE": "PATCHD_FAULT_TRACE",
+	} {
+		if v := os.Getenv(mine); v != "" {
+			env = append(env, its+"="+v)
 		}
 	}
 	return env

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/patchd/patchd/pkg/fault"
 	"github.com/patchd/patchd/pkg/patch"
 	"github.com/patchd/patchd/pkg/pool"
 	"github.com/patchd/patchd/pkg/vdi"
@@ -84,6 +85,9 @@ func (a *Agent) Place(path string) (name string, err error) {
 	if err := os.MkdirAll(a.PatchDir, 0o755); err != nil {
 		return "", err
 	}
+	if err := fault.Point("agent.place"); err != nil {
+		return "", err
+	}
 	name = string(xapi.NewUUID())
 	tmp := filepath.Join(a.PatchDir, "."+name)
 	dst, err := os.OpenFile(tmp, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o440)
@@ -97,7 +101,10 @@ func (a *Agent) Place(path string) (name string, err error) {
 	if err != nil {
 		return "", errors.Join(err, os.Remove(tmp))
 	}
-	return name, syncDir(a.PatchDir)
+	if err := syncDir(a.PatchDir); err != nil {
+		return "", err
+	}
+	return name, fault.Point("agent.place.done")
 }
 
 // Unplace takes back what Place made; a file that lay there before stays.

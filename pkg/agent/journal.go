@@ -81,6 +81,17 @@ func (j journal) begin(e Entry) error {
 	return fault.Point("journal.begin.done")
 }
 
+// order writes durably what the runner shall do.
+func (j journal) order(id xapi.UUID, run Run) error {
+	if err := fault.Point("journal.run"); err != nil {
+		return err
+	}
+	if err := writeJSON(j.path(id, fileRun), run); err != nil {
+		return err
+	}
+	return fault.Point("journal.run.done")
+}
+
 // end removes the folder of a job: nothing of it is left to be done.
 func (j journal) end(id xapi.UUID) error {
 	if err := fault.Point("journal.end"); err != nil {
@@ -103,10 +114,16 @@ func (j journal) end(id xapi.UUID) error {
 			return err
 		}
 	}
+	if err := fault.Point("journal.end.entry"); err != nil {
+		return err
+	}
 	if err := os.RemoveAll(dir); err != nil {
 		return err
 	}
-	return syncDir(j.dir)
+	if err := syncDir(j.dir); err != nil {
+		return err
+	}
+	return fault.Point("journal.end.done")
 }
 
 // entries lists what is journaled. A folder without a readable entry never

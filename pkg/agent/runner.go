@@ -176,10 +176,16 @@ func (r *runner) apply(ctx context.Context, res *Result) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
+	if err := fault.Point("runner.begun"); err != nil {
+		return err
+	}
 	if err := writeFile(filepath.Join(r.dir, fileBegun), nil, 0o600); err != nil {
 		return err
 	}
 	res.Begun = true
+	if err := fault.Point("runner.begun.done"); err != nil {
+		return err
+	}
 	r.out.Restart()
 	end, _, err := r.verb(ctx, "apply", r.run.Timeouts.Apply)
 	if err != nil {

@@ -21,55 +21,78 @@ func (f *Failure) Error() string { return "fault injected at " + f.Name }
 
 var state struct {
 	sync.Mutex
-	n     int
 	loads sync.Once
+	file  string // PATCHD_FAULT_PLAN
+	text  string // what the plan was made from
+	trace *os.File
+	n     int // points passed since the plan was made
 	plan
 }
 
-// plan is read from PATCHD_FAULT: "die@N" or "fail@N" counts every point of
+// plan says where to die or fail: "die@N" or "fail@N" counts every point of
 // this process from 1; "die@NAME" or "fail@NAME" takes every point of that
-// name, "fail@NAME#2" only the second. PATCHD_FAULT_TRACE names a file that
-// gets one line for each point passed.
+// name, "fail@NAME#2" only the second.
+//
+// It is taken from PATCHD_FAULT, or from the file that PATCHD_FAULT_PLAN names,
+// which may change while the process runs: counting begins anew then.
+// PATCHD_FAULT_TRACE names a file that gets one line for each point passed.
 type plan struct {
-	die   bool
-	at    int
-	name  string
-	nth   int
-	seen  int
-	trace *os.File
+	die  bool
+	at   int
+	name string
+	nth  int
+	seen int
 }
 
 func load() {
-	p := &state.plan
 	if path := os.Getenv("PATCHD_FAULT_TRACE"); path != "" {
-		p.trace, _ = os.OpenFile(path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+		state.trace, _ = os.OpenFile(path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	}
-	verb, where, ok := strings.Cut(os.Getenv("PATCHD_FAULT"), "@")
+	state.file = os.Getenv("PATCHD_FAULT_PLAN")
+	state.plan = parse(os.Getenv("PATCHD_FAULT"))
+}
+
+func parse(text string) (p plan) {
+	verb, where, ok := strings.Cut(strings.TrimSpace(text), "@")
 	if !ok {
-		return
+		return p
 	}
 	p.die = verb == "die"
 	if n, err := strconv.Atoi(where); err == nil {
 		p.at = n
-		return
+		return p
 	}
 	name, nth, ok := strings.Cut(where, "#")
 	p.name = name
 	if ok {
 		p.nth, _ = strconv.Atoi(nth)
 	}
+	return p
+}
+
+// reload looks whether the plan in the file is another one. Call it with state
+// locked.
+func reload() {
+	if state.file == "" {
+		return
+	}
+	b, _ := os.ReadFile(state.file)
+	if text := string(b); text != state.text {
+		state.text, state.n, state.plan = text, 0, parse(text)
+	}
 }
 
 // Point passes the place called name: it may end the process by SIGKILL or
-// return a *Failure, as PATCHD_FAULT says.
+// return a *Failure, as the plan says.
 func Point(name string) error {
 	state.loads.Do(load)
 	state.Lock()
 	defer state.Unlock()
+	reload()
 	state.n++
 	p := &state.plan
-	if p.trace != nil {
-		fmt.Fprintf(p.trace, "%d %d %s\n", os.Getpid(), state.n, name)
+	if state.trace != nil {
+		fmt.Fprintf(state.trace, "%d %d %s\n", os.Getpid(), state.n, name)
 	}
 	hit := p.at > 0 && state.n == p.at
 	if p.name != "" && p.name == name {

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 
+	"github.com/patchd/patchd/pkg/fault"
 	"github.com/patchd/patchd/pkg/store"
 	"github.com/patchd/patchd/pkg/xapi"
 )
@@ -84,10 +85,13 @@ func (p *Pool) removeFile(name string) error {
 		return err
 	}
 	defer dir.Close()
+	if err := fault.Point("pool.file.remove"); err != nil {
+		return err
+	}
 	if err := dir.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	return nil
+	return fault.Point("pool.file.remove.done")
 }
 
 // PatchFile opens the classic file of a patch, as it was signed, and tells its
