@@ -58,7 +58,7 @@ func newPatchBuild(g *global) *cobra.Command {
 				return err
 			}
 			if g.json() {
-				return printJSON(os.Stdout, built)
+				return printJSON(os.Stdout, builtShape(o.Out, built))
 			}
 			fmt.Printf("%s: patch %s %s (%s), signed by %s\n", o.Out, built.Info.NameLabel, built.Info.Version, built.Info.UUID, built.Signature.Signer)
 			return nil
@@ -149,7 +149,7 @@ func fillImage(ctx context.Context, f *os.File, payload io.Reader, size int64) e
 // makes the command fail.
 func (g *global) printReport(r patch.Report, keys string) error {
 	if g.json() {
-		if err := printJSON(os.Stdout, r); err != nil {
+		if err := printJSON(os.Stdout, reportShape(r)); err != nil {
 			return err
 		}
 	} else {

@@ -11,12 +11,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/spf13/pflag"
@@ -29,24 +31,36 @@ import (
 // global holds the flags of every command that talks to a daemon.
 type global struct {
 	stateDir, server, pin, user, passwordFile, output string
+
+	flags *pflag.FlagSet
 }
 
 func (g *global) register(f *pflag.FlagSet) {
-	def := func(env, value string) string {
-		if v := os.Getenv(env); v != "" {
-			return v
+	g.flags = f
+	f.StringVar(&g.stateDir, "state-dir", server.DefaultConfig().StateDir, "folder whose patchd.sock is used when there is no --server ($PATCHD_STATE_DIR)")
+	f.StringVar(&g.server, "server", "", "URL of a patchd, such as https://host:8443 ($PATCHD_SERVER)")
+	f.StringVar(&g.pin, "pin", "", "SHA-256 of the server's public key, as `patchd status` on that host tells ($PATCHD_PIN)")
+	f.StringVar(&g.user, "user", "root", "user name with --server ($PATCHD_USER)")
+	f.StringVar(&g.passwordFile, "password-file", "", "file with the password ($PATCHD_PASSWORD_FILE); else $PATCHD_PASSWORD, else it is asked for")
+	f.StringVarP(&g.output, "output", "o", "table", "table or json ($PATCHD_OUTPUT)")
+}
+
+// fromEnv takes each flag that was not given from its variable.
+func (g *global) fromEnv() error {
+	var failed error
+	g.flags.VisitAll(func(f *pflag.Flag) {
+		env := "PATCHD_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
+		if text := os.Getenv(env); text != "" && !f.Changed && failed == nil {
+			failed = f.Value.Set(text)
 		}
-		return value
-	}
-	f.StringVar(&g.stateDir, "state-dir", def("PATCHD_STATE_DIR", server.DefaultConfig().StateDir), "folder whose patchd.sock is used when there is no --server")
-	f.StringVar(&g.server, "server", def("PATCHD_SERVER", ""), "URL of a patchd, such as https://host:8443")
-	f.StringVar(&g.pin, "pin", def("PATCHD_PIN", ""), "SHA-256 of the server's public key (SPKI), in hexadecimal")
-	f.StringVar(&g.user, "user", def("PATCHD_USER", "root"), "user name with --server")
-	f.StringVar(&g.passwordFile, "password-file", def("PATCHD_PASSWORD_FILE", ""), "file with the password; else PATCHD_PASSWORD, else it is asked for")
-	f.StringVarP(&g.output, "output", "o", def("PATCHD_OUTPUT", "table"), "table or json")
+	})
+	return failed
 }
 
 func (g *global) validate() error {
+	if err := g.fromEnv(); err != nil {
+		return usageError{err}
+	}
 	if g.output != "table" && g.output != "json" {
 		return usagef("--output: %q is neither table nor json", g.output)
 	}
@@ -71,7 +85,7 @@ func (g *global) connect(ctx context.Context) (*client, error) {
 	if err != nil || (u.Scheme != "https" && u.Scheme != "http") || u.Host == "" {
 		return nil, usagef("--server: %q is not an http or https URL", g.server)
 	}
-	password, err := g.password()
+	password, err := g.password(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -83,7 +97,36 @@ func (g *global) connect(ctx context.Context) (*client, error) {
 		base: strings.TrimSuffix(u.String(), "/"),
 		http: &http.Client{Transport: &http.Transport{TLSClientConfig: tlsConfig, ExpectContinueTimeout: 30 * time.Second, MaxIdleConnsPerHost: 4}},
 	}
-	return c, c.login(ctx, g.user, password)
+	if err := c.login(ctx, g.user, password); err != nil {
+		return nil, g.explainServer(err)
+	}
+	return c, nil
+}
+
+// explainServer says what helps when a server cannot be reached.
+func (g *global) explainServer(err error) error {
+	var unreachable unreachableError
+	var untrusted *tls.CertificateVerificationError
+	switch {
+	case !errors.As(err, &unreachable):
+		return err
+	case errors.As(err, &untrusted):
+		return unreachableError{fmt.Errorf("%s shows a certificate that this machine does not trust (%w): `patchd status` on that host tells its --pin", g.server, untrusted.Err)}
+	}
+	return unreachableError{fmt.Errorf("no patchd answers at %s: %w", g.server, reason(unreachable.error))}
+}
+
+// reason is the innermost cause of a failed connection.
+func reason(err error) error {
+	var errno syscall.Errno
+	if errors.As(err, &errno) {
+		return errno
+	}
+	var u *url.Error
+	if errors.As(err, &u) {
+		return u.Err
+	}
+	return err
 }
 
 func (g *global) connectSocket(ctx context.Context) (*client, error) {
@@ -99,12 +142,16 @@ func (g *global) connectSocket(ctx context.Context) (*client, error) {
 	err := c.login(ctx, "root", "")
 	var unreachable unreachableError
 	if errors.As(err, &unreachable) {
-		return nil, unreachableError{fmt.Errorf("no patchd answers at %s (%w); start it with `patchd serve`, or name another with --server or --state-dir", path, unreachable.error)}
+		cure := "start it with `patchd serve`, or name another with --server or --state-dir"
+		if errors.Is(err, fs.ErrPermission) {
+			cure = "only root may use the socket; others log in with --server and --user"
+		}
+		return nil, unreachableError{fmt.Errorf("no patchd answers at %s (%w): %s", path, reason(unreachable.error), cure)}
 	}
 	return c, err
 }
 
-func (g *global) password() (string, error) {
+func (g *global) password(ctx context.Context) (string, error) {
 	if g.passwordFile != "" {
 		b, err := os.ReadFile(g.passwordFile)
 		return strings.TrimRight(string(b), "\r\n"), err
@@ -112,18 +159,34 @@ func (g *global) password() (string, error) {
 	if v, ok := os.LookupEnv("PATCHD_PASSWORD"); ok {
 		return v, nil
 	}
-	return askPassword(fmt.Sprintf("Password of %s: ", g.user))
+	return askPassword(ctx, fmt.Sprintf("Password of %s: ", g.user))
 }
 
-// askPassword reads a password from the terminal without showing it.
-func askPassword(prompt string) (string, error) {
-	if !term.IsTerminal(int(os.Stdin.Fd())) {
+// askPassword reads a password from the terminal without showing it. When the
+// command is interrupted the terminal shows again what is typed.
+func askPassword(ctx context.Context, prompt string) (string, error) {
+	fd := int(os.Stdin.Fd())
+	before, err := term.GetState(fd)
+	if err != nil {
 		return "", usagef("a password is needed: use --password-file or PATCHD_PASSWORD")
 	}
 	fmt.Fprint(os.Stderr, prompt)
-	b, err := term.ReadPassword(int(os.Stdin.Fd()))
-	fmt.Fprintln(os.Stderr)
-	return string(b), err
+	defer fmt.Fprintln(os.Stderr)
+	type answer struct {
+		text []byte
+		err  error
+	}
+	typed := make(chan answer, 1)
+	go func() { // reading a terminal cannot be ended: the process ends with it
+		b, err := term.ReadPassword(fd)
+		typed <- answer{b, err}
+	}()
+	select {
+	case a := <-typed:
+		return string(a.text), a.err
+	case <-ctx.Done():
+		return "", errors.Join(errors.New("interrupted"), term.Restore(fd, before))
+	}
 }
 
 // tls checks the server by its pinned key, or else by the system's CAs.
@@ -144,7 +207,7 @@ func (g *global) tls() (*tls.Config, error) {
 				return err
 			}
 			if got := sha256.Sum256(cert.RawSubjectPublicKeyInfo); !bytes.Equal(got[:], want) {
-				return fmt.Errorf("the server's key has SHA-256 %x, --pin says %x", got, want)
+				return fmt.Errorf("its public key has SHA-256 %x, --pin says %x: another server, or a new key", got, want)
 			}
 			return nil
 		},
@@ -299,6 +362,8 @@ func (c *client) find(ctx context.Context, class, text string) (string, record, 
 func groupOf(class string) string {
 	switch class {
 	case "pool_patch":
+		return "patch"
+	case "host_patch":
 		return "patch"
 	case "SR", "VDI":
 		return strings.ToLower(class)

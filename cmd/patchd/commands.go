@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"os"
+	"slices"
 
 	"github.com/spf13/cobra"
 )
@@ -58,17 +59,50 @@ func objectCommand(g *global, class, use, short string, f func(ctx context.Conte
 // complete offers the uuids of a class to the shell, over the unix socket only.
 func (g *global) complete(class string) cobra.CompletionFunc {
 	return func(cmd *cobra.Command, args []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
-		if len(args) > 0 || g.server != "" {
+		if g.fromEnv() != nil || len(args) > 1 || len(args) == 1 && class != "pool_patch" || g.server != "" {
 			return nil, cobra.ShellCompDirectiveNoFileComp
 		}
-		var out []cobra.Completion
-		g.with(cmd.Context(), func(ctx context.Context, c *client) error {
-			all, err := c.all(ctx, class)
-			for _, rec := range all {
-				out = append(out, cobra.CompletionWithDesc(rec.text("uuid"), rec.text("name_label")))
-			}
-			return err
-		})
-		return out, cobra.ShellCompDirectiveNoFileComp
+		if len(args) == 1 {
+			class = "host" // as in apply PATCH HOST
+		}
+		return g.names(cmd.Context(), class)
 	}
+}
+
+// completeFlag offers them as the value of a flag.
+func (g *global) completeFlag(cmd *cobra.Command, flag, class string) {
+	must(cmd.RegisterFlagCompletionFunc(flag, func(cmd *cobra.Command, _ []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
+		if g.fromEnv() != nil || g.server != "" {
+			return nil, cobra.ShellCompDirectiveNoFileComp
+		}
+		return g.names(cmd.Context(), class)
+	}))
+}
+
+// completeWords offers fixed words as the value of a flag.
+func completeWords(cmd *cobra.Command, flag string, words ...cobra.Completion) {
+	must(cmd.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(words, cobra.ShellCompDirectiveNoFileComp)))
+}
+
+// must is for what fails only when a command is put together wrongly.
+func must(err error) {
+	if err != nil {
+		panic(err)
+	}
+}
+
+func (g *global) names(ctx context.Context, class string) ([]cobra.Completion, cobra.ShellCompDirective) {
+	var out []cobra.Completion
+	err := g.with(ctx, func(ctx context.Context, c *client) error {
+		all, err := c.all(ctx, class)
+		for _, rec := range all {
+			out = append(out, cobra.CompletionWithDesc(rec.text("uuid"), rec.text("name_label")))
+		}
+		return err
+	})
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp // a shell has no place for errors
+	}
+	slices.Sort(out)
+	return out, cobra.ShellCompDirectiveNoFileComp
 }

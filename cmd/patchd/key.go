@@ -106,7 +106,7 @@ func (g *global) keyring() (*patch.Keyring, error) {
 
 func (g *global) printKeys(keys []patch.Key) error {
 	if g.json() {
-		return printJSON(os.Stdout, keys)
+		return printJSON(os.Stdout, keyShapes(keys))
 	}
 	rows := make([][]string, len(keys))
 	for i, k := range keys {
@@ -149,7 +149,14 @@ func newKeyRevoke(g *global) *cobra.Command {
 			case files[file] > 1:
 				return fmt.Errorf("the file %s holds %d keys: remove the one you mean from it by hand", filepath.Join(keysDir(g), file), files[file])
 			}
-			return os.Remove(filepath.Join(keysDir(g), filepath.Base(file)))
+			if err := os.Remove(filepath.Join(keysDir(g), filepath.Base(file))); err != nil {
+				return err
+			}
+			if g.json() {
+				return printJSON(os.Stdout, map[string]string{"fingerprint": want})
+			}
+			fmt.Printf("no longer trusted: key %s\n", want)
+			return nil
 		},
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -91,6 +92,13 @@ func newRoot() *cobra.Command {
 			"It speaks the XenAPI: xe, XenCenter, Xen Orchestra and scripts work unchanged.",
 		Version: version, SilenceErrors: true, SilenceUsage: true,
 		PersistentPreRunE: func(*cobra.Command, []string) error { return g.validate() },
+		Args:              cobra.ArbitraryArgs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return cmd.Help()
+			}
+			return noCommand(cmd, args[0])
+		},
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	g.register(root.PersistentFlags())
@@ -99,8 +107,29 @@ func newRoot() *cobra.Command {
 		newStatus(g), newDoctor(g), newPatch(g), newSR(g), newVDI(g), newHost(g), newPool(g),
 		newTask(g), newKey(g), newUser(g), newStore(), newMan(root),
 	)
+	completeWords(root, "output", "table", "json")
 	argsAreUsage(root)
 	return root
+}
+
+// noCommand is the complaint about a command that does not exist.
+func noCommand(cmd *cobra.Command, name string) error {
+	cmd.SuggestionsMinimumDistance = 2
+	if like := cmd.SuggestionsFor(name); len(like) > 0 {
+		return usagef("there is no command %q; is %q meant?", cmd.CommandPath()+" "+name, cmd.CommandPath()+" "+like[0])
+	}
+	return usagef("there is no command %q; there are:\n%s", cmd.CommandPath()+" "+name, commandsOf(cmd))
+}
+
+// commandsOf lists the commands of a group, one a line.
+func commandsOf(cmd *cobra.Command) string {
+	var lines []string
+	for _, c := range cmd.Commands() {
+		if c.IsAvailableCommand() {
+			lines = append(lines, fmt.Sprintf("  %-12s %s", c.Name(), c.Short))
+		}
+	}
+	return strings.Join(lines, "\n")
 }
 
 // argsAreUsage makes every complaint about arguments a usage error, and every
@@ -116,11 +145,12 @@ func argsAreUsage(cmd *cobra.Command) {
 			}
 		}
 		if c.HasSubCommands() && c.RunE == nil && c.Run == nil {
+			c.Args = cobra.ArbitraryArgs
 			c.RunE = func(cmd *cobra.Command, args []string) error {
 				if len(args) > 0 {
-					return usagef("there is no command %q", cmd.CommandPath()+" "+args[0])
+					return noCommand(cmd, args[0])
 				}
-				return usagef("%q needs one of its commands", cmd.CommandPath())
+				return usagef("%q needs one of its commands:\n%s", cmd.CommandPath(), commandsOf(cmd))
 			}
 		}
 		argsAreUsage(c)

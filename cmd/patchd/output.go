@@ -14,6 +14,8 @@ import (
 	"github.com/vbauerster/mpb/v8"
 	"github.com/vbauerster/mpb/v8/decor"
 	"golang.org/x/term"
+
+	"github.com/patchd/patchd/pkg/xapi"
 )
 
 // column is one column of a list.
@@ -29,6 +31,19 @@ func field(title, name string) column {
 // size shows a number of bytes for people.
 func size(title, name string) column {
 	return column{title, func(r record) string { return bytesText(r.text(name)) }}
+}
+
+// date shows a moment of the XenAPI for people.
+func date(title, name string) column {
+	return column{title, func(r record) string { return dateText(r.text(name)) }}
+}
+
+func dateText(text string) string {
+	t, err := xapi.ParseTime(text)
+	if err != nil {
+		return text
+	}
+	return t.UTC().Format("2006-01-02 15:04:05Z")
 }
 
 func bytesText(text string) string {
@@ -82,6 +97,8 @@ func printTable(w io.Writer, titles []string, rows [][]string) {
 	t.SetOutputMirror(w)
 	t.SetStyle(table.StyleLight)
 	t.Style().Options = table.OptionsNoBordersAndSeparators
+	t.Style().Box.PaddingLeft, t.Style().Box.PaddingRight = "", "  "
+	t.SuppressTrailingSpaces()
 	t.AppendHeader(row(titles))
 	for _, r := range rows {
 		t.AppendRow(row(r))
@@ -141,6 +158,16 @@ func printJSON(w io.Writer, v any) error {
 	e.SetIndent("", "  ")
 	e.SetEscapeHTML(false)
 	return e.Encode(v)
+}
+
+// done says that something was done with an object: a line for people, uuid
+// and name_label as JSON.
+func (g *global) done(verb, class string, rec record) error {
+	if g.json() {
+		return printJSON(os.Stdout, map[string]string{"uuid": rec.text("uuid"), "name_label": rec.text("name_label")})
+	}
+	fmt.Printf("%s: %s %s (%s)\n", verb, groupOf(class), rec.text("name_label"), rec.text("uuid"))
+	return nil
 }
 
 // bar is a progress bar on a terminal, and nothing elsewhere.

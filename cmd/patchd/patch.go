@@ -116,6 +116,7 @@ func newPatchUpload(g *global) *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVar(&srName, "sr", "", "SR (uuid or name) to put it on; there is no fallback then")
+	g.completeFlag(cmd, "sr", "SR")
 	return cmd
 }
 
@@ -146,9 +147,9 @@ func (c *client) upload(ctx context.Context, path, srName string) (record, error
 	res, err := c.http.Do(req)
 	if err != nil {
 		if ctx.Err() != nil {
-			return nil, errors.New("interrupted: nothing was stored")
+			return nil, errors.New("interrupted: nothing is stored")
 		}
-		return nil, unreachableError{err}
+		return nil, unreachableError{reason(err)}
 	}
 	defer res.Body.Close()
 	return decodeUpload(res)
@@ -291,9 +292,11 @@ func newPatchApply(g *global) *cobra.Command {
 
 func newPatchPoolApply(g *global) *cobra.Command {
 	return objectCommand(g, "pool_patch", "pool-apply PATCH", "apply a patch to every host that lacks it",
-		func(ctx context.Context, c *client, ref string, _ record) error {
-			_, err := c.async(ctx, "pool-apply", "pool_patch.pool_apply", ref)
-			return err
+		func(ctx context.Context, c *client, ref string, rec record) error {
+			if _, err := c.async(ctx, "pool-apply", "pool_patch.pool_apply", ref); err != nil {
+				return err
+			}
+			return g.done("applied to every host", "pool_patch", rec)
 		})
 }
 
@@ -301,36 +304,51 @@ const deprecation = "deprecated: %s is kept for old scripts; `patchd vdi destroy
 
 func newPatchClean(g *global) *cobra.Command {
 	return hostCommand(g, "clean", "remove a patch's file from a host's dom0 (deprecated; does nothing for a patch in a VDI)",
-		func(ctx context.Context, c *client, patch, host string, _ record) error {
+		func(ctx context.Context, c *client, patch, host string, rec record) error {
 			fmt.Fprintf(os.Stderr, deprecation, "clean")
-			return c.call(ctx, nil, "pool_patch.clean_on_host", patch, host)
+			if err := c.call(ctx, nil, "pool_patch.clean_on_host", patch, host); err != nil {
+				return err
+			}
+			return g.done("cleaned", "pool_patch", rec)
 		})
 }
 
 func newPatchPoolClean(g *global) *cobra.Command {
 	return objectCommand(g, "pool_patch", "pool-clean PATCH", "remove a patch's file and VDI, keep its record (deprecated)",
-		func(ctx context.Context, c *client, ref string, _ record) error {
+		func(ctx context.Context, c *client, ref string, rec record) error {
 			fmt.Fprintf(os.Stderr, deprecation, "pool-clean")
-			return c.call(ctx, nil, "pool_patch.pool_clean", ref)
+			if err := c.call(ctx, nil, "pool_patch.pool_clean", ref); err != nil {
+				return err
+			}
+			return g.done("cleaned", "pool_patch", rec)
 		})
 }
 
 func newPatchDestroy(g *global) *cobra.Command {
 	return objectCommand(g, "pool_patch", "destroy PATCH", "remove a patch that no host has: file, VDI and record",
-		func(ctx context.Context, c *client, ref string, _ record) error {
-			return c.call(ctx, nil, "pool_patch.destroy", ref)
+		func(ctx context.Context, c *client, ref string, rec record) error {
+			if err := c.call(ctx, nil, "pool_patch.destroy", ref); err != nil {
+				return err
+			}
+			return g.done("destroyed", "pool_patch", rec)
 		})
 }
 
 func newPatchSettle(g *global) *cobra.Command {
 	var applied, not bool
 	cmd := hostCommand(g, "settle", "say how an apply ended whose outcome is unknown",
-		func(ctx context.Context, c *client, patch, host string, _ record) error {
-			if applied == not {
-				return usagef("say either --applied or --not-applied")
+		func(ctx context.Context, c *client, patch, host string, rec record) error {
+			if err := c.call(ctx, nil, "patchd.patch_settle", patch, host, applied); err != nil {
+				return err
 			}
-			return c.call(ctx, nil, "patchd.patch_settle", patch, host, applied)
+			return g.done("settled", "pool_patch", rec)
 		})
+	cmd.PreRunE = func(*cobra.Command, []string) error {
+		if applied == not {
+			return usagef("say either --applied or --not-applied")
+		}
+		return nil
+	}
 	cmd.Flags().BoolVar(&applied, "applied", false, "the host has the patch")
 	cmd.Flags().BoolVar(&not, "not-applied", false, "the host does not have the patch")
 	return cmd

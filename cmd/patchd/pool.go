@@ -2,8 +2,13 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/pem"
 	"fmt"
 	"os"
+	"path/filepath"
+	"strings"
 
 	"github.com/spf13/cobra"
 )
@@ -22,18 +27,9 @@ func newHost(g *global) *cobra.Command {
 
 func newPool(g *global) *cobra.Command {
 	cmd := &cobra.Command{Use: "pool", Short: "the pool"}
-	cmd.AddCommand(&cobra.Command{
-		Use: "status", Short: "show the pool, its coordinator and its default SR", Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			return g.with(cmd.Context(), func(ctx context.Context, c *client) error {
-				st, err := c.status(ctx)
-				if err != nil {
-					return err
-				}
-				return g.printStatus(st)
-			})
-		},
-	})
+	status := newStatus(g)
+	status.Short = "show the pool, its coordinator and its default SR"
+	cmd.AddCommand(status)
 	return cmd
 }
 
@@ -47,23 +43,42 @@ func newStatus(g *global) *cobra.Command {
 				if err != nil {
 					return err
 				}
+				if g.server == "" {
+					st.Pin = g.localPin()
+				}
 				return g.printStatus(st)
 			})
 		},
 	}
 }
 
+// named is an object in a few words.
+type named struct {
+	UUID      string `json:"uuid"`
+	NameLabel string `json:"name_label"`
+}
+
+func (n *named) String() string {
+	if n == nil {
+		return "none"
+	}
+	return strings.TrimSpace(fmt.Sprintf("%s (%s)", n.NameLabel, n.UUID))
+}
+
 // status is the pool in a few figures.
 type status struct {
-	Pool        string `json:"pool"`
-	Coordinator string `json:"coordinator"`
+	Pool        named  `json:"pool"`
+	Coordinator named  `json:"coordinator"`
 	Version     string `json:"version"`
-	DefaultSR   string `json:"default_SR"`
-	Hosts       int    `json:"hosts"`
-	Patches     int    `json:"patches"`
-	Running     int    `json:"running_tasks"`
-	Unknown     int    `json:"unknown_outcomes"`
-	Messages    int    `json:"messages"`
+	// Pin is what --pin takes: the SHA-256 of the TLS key, where it can be read
+	// from the state directory.
+	Pin       string `json:"pin"`
+	DefaultSR *named `json:"default_SR"` // null: there is none
+	Hosts     int    `json:"hosts"`
+	Patches   int    `json:"patches"`
+	Running   int    `json:"running_tasks"`
+	Unknown   int    `json:"unknown_outcomes"`
+	Messages  int    `json:"messages"`
 }
 
 func (c *client) status(ctx context.Context) (st status, err error) {
@@ -74,14 +89,13 @@ func (c *client) status(ctx context.Context) (st status, err error) {
 		}
 	}
 	for _, p := range byClass["pool"] {
-		st.Pool = p.text("uuid")
+		st.Pool = named{p.text("uuid"), p.text("name_label")}
 		host := byClass["host"][p.text("master")]
-		st.Coordinator = fmt.Sprintf("%s (%s)", host.text("name_label"), host.text("uuid"))
+		st.Coordinator = named{host.text("uuid"), host.text("name_label")}
 		software, _ := host["software_version"].(map[string]any)
 		st.Version, _ = software["patchd"].(string)
-		st.DefaultSR = "none"
 		if sr, ok := byClass["SR"][p.text("default_SR")]; ok {
-			st.DefaultSR = fmt.Sprintf("%s (%s)", sr.text("name_label"), sr.text("uuid"))
+			st.DefaultSR = &named{sr.text("uuid"), sr.text("name_label")}
 		}
 	}
 	for _, hp := range byClass["host_patch"] {
@@ -98,12 +112,31 @@ func (c *client) status(ctx context.Context) (st status, err error) {
 	return st, nil
 }
 
+// localPin reads the pin from the certificate in the state directory; "" where
+// only the daemon may read it.
+func (g *global) localPin() string {
+	b, err := os.ReadFile(filepath.Join(g.stateDir, "tls.pem"))
+	if err != nil {
+		return ""
+	}
+	block, _ := pem.Decode(b)
+	if block == nil || block.Type != "CERTIFICATE" {
+		return ""
+	}
+	cert, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		return ""
+	}
+	return fmt.Sprintf("%x", sha256.Sum256(cert.RawSubjectPublicKeyInfo))
+}
+
 func (g *global) printStatus(st status) error {
 	if g.json() {
 		return printJSON(os.Stdout, st)
 	}
 	for _, line := range [][2]string{
-		{"pool", st.Pool}, {"coordinator", st.Coordinator}, {"version", st.Version}, {"default SR", st.DefaultSR},
+		{"pool", st.Pool.String()}, {"coordinator", st.Coordinator.String()}, {"version", st.Version},
+		{"pin", st.Pin}, {"default SR", st.DefaultSR.String()},
 		{"hosts", fmt.Sprint(st.Hosts)}, {"patches", fmt.Sprint(st.Patches)}, {"running tasks", fmt.Sprint(st.Running)},
 		{"unknown outcomes", fmt.Sprint(st.Unknown)}, {"messages", fmt.Sprint(st.Messages)},
 	} {

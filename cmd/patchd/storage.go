@@ -20,20 +20,24 @@ func newSR(g *global) *cobra.Command {
 			RunE: func(cmd *cobra.Command, _ []string) error { return g.with(cmd.Context(), g.listSRs) },
 		},
 		showCommand(g, "SR", "show one SR"),
-		objectCommand(g, "SR", "scan SR", "look for disk images that have no record", func(ctx context.Context, c *client, ref string, _ record) error {
-			_, err := c.async(ctx, "scan", "SR.scan", ref)
-			return err
+		objectCommand(g, "SR", "scan SR", "look for disk images that have no record", func(ctx context.Context, c *client, ref string, rec record) error {
+			if _, err := c.async(ctx, "scan", "SR.scan", ref); err != nil {
+				return err
+			}
+			return g.done("scanned", "SR", rec)
 		}),
-		objectCommand(g, "SR", "destroy SR", "remove an SR that holds no disk image", destroySR),
-		objectCommand(g, "SR", "set-default SR", "make an SR the one that patches are put on", func(ctx context.Context, c *client, ref string, _ record) error {
+		objectCommand(g, "SR", "destroy SR", "remove an SR that holds no disk image", g.destroySR),
+		objectCommand(g, "SR", "set-default SR", "make an SR the one that patches are put on", func(ctx context.Context, c *client, ref string, rec record) error {
 			pools, err := c.all(ctx, "pool")
 			if err != nil {
 				return err
 			}
 			for pool := range pools {
-				return c.call(ctx, nil, "pool.set_default_SR", pool, ref)
+				if err := c.call(ctx, nil, "pool.set_default_SR", pool, ref); err != nil {
+					return err
+				}
 			}
-			return nil
+			return g.done("now the default", "SR", rec)
 		}),
 	)
 	return cmd
@@ -77,6 +81,9 @@ func newSRCreate(g *global) *cobra.Command {
 		Use: "create", Short: "make an SR and plug it", Args: cobra.NoArgs,
 		Example: "  patchd sr create --name scratch --device-config location=/srv/patches",
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if name == "" {
+				return usagef("--name is needed")
+			}
 			config := map[string]string{}
 			for _, d := range device {
 				k, v, ok := strings.Cut(d, "=")
@@ -108,14 +115,13 @@ func newSRCreate(g *global) *cobra.Command {
 	f.StringVar(&description, "description", "", "description")
 	f.StringVar(&host, "host", "", "host it is on; not needed where there is one")
 	f.StringSliceVar(&device, "device-config", nil, "key=value of the driver; for file: location=FOLDER")
-	if err := cmd.MarkFlagRequired("name"); err != nil {
-		panic(err) // the flag is defined three lines above
-	}
+	g.completeFlag(cmd, "host", "host")
+	completeWords(cmd, "type", "file")
 	return cmd
 }
 
 // destroySR unplugs and destroys.
-func destroySR(ctx context.Context, c *client, ref string, rec record) error {
+func (g *global) destroySR(ctx context.Context, c *client, ref string, rec record) error {
 	if images, _ := rec["VDIs"].([]any); len(images) > 0 {
 		return fmt.Errorf("SR %s (%s) holds %d disk images: destroy them first (`patchd vdi list`)", rec.text("name_label"), rec.text("uuid"), len(images))
 	}
@@ -125,7 +131,10 @@ func destroySR(ctx context.Context, c *client, ref string, rec record) error {
 			return err
 		}
 	}
-	return c.call(ctx, nil, "SR.destroy", ref)
+	if err := c.call(ctx, nil, "SR.destroy", ref); err != nil {
+		return err
+	}
+	return g.done("destroyed", "SR", rec)
 }
 
 func newVDI(g *global) *cobra.Command {
@@ -140,9 +149,11 @@ func newVDI(g *global) *cobra.Command {
 		objectCommand(g, "VDI", "clone VDI", "clone a disk image inside its SR", func(ctx context.Context, c *client, ref string, _ record) error {
 			return g.printNewVDI(ctx, c, "clone", "VDI.clone", ref, map[string]string{})
 		}),
-		objectCommand(g, "VDI", "destroy VDI", "remove a disk image; a patch in it keeps its record", func(ctx context.Context, c *client, ref string, _ record) error {
-			_, err := c.async(ctx, "destroy", "VDI.destroy", ref)
-			return err
+		objectCommand(g, "VDI", "destroy VDI", "remove a disk image; a patch in it keeps its record", func(ctx context.Context, c *client, ref string, rec record) error {
+			if _, err := c.async(ctx, "destroy", "VDI.destroy", ref); err != nil {
+				return err
+			}
+			return g.done("destroyed", "VDI", rec)
 		}),
 	)
 	return cmd
@@ -187,6 +198,7 @@ func newVDICopy(g *global) *cobra.Command {
 		return g.printNewVDI(ctx, c, "copy", "VDI.copy", ref, target, string(xapi.NullRef), string(xapi.NullRef))
 	})
 	cmd.Flags().StringVar(&srName, "sr", "", "SR to copy to; default: the one it is on")
+	g.completeFlag(cmd, "sr", "SR")
 	return cmd
 }
 

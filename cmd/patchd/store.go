@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 
@@ -57,7 +58,13 @@ func storeCommand(use, short string, f func(ctx context.Context, db *server.Data
 			if err != nil {
 				return err
 			}
-			return errors.Join(f(cmd.Context(), db, args[0]), db.Close())
+			if err := errors.Join(f(cmd.Context(), db, args[0]), db.Close()); err != nil {
+				return err
+			}
+			if args[0] != "-" {
+				fmt.Fprintf(os.Stderr, "done: %s %s\n", cmd.Name(), args[0])
+			}
+			return nil
 		},
 	}
 	cmd.Flags().StringVar(&file, "config", "", "TOML file with settings")

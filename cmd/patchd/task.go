@@ -18,11 +18,14 @@ func newTask(g *global) *cobra.Command {
 	cmd.AddCommand(
 		listCommand(g, "task", "list the tasks", []column{
 			field("UUID", "uuid"), field("NAME", "name_label"), field("STATUS", "status"),
-			{"PROGRESS", func(r record) string { return percent(r) }}, field("CREATED", "created"), field("ERROR", "error_info"),
+			{"PROGRESS", func(r record) string { return percent(r) }}, date("CREATED", "created"), field("ERROR", "error_info"),
 		}),
 		showCommand(g, "task", "show one task, with the last output of its patch"),
 		objectCommand(g, "task", "cancel TASK", "cancel a task", func(ctx context.Context, c *client, ref string, rec record) error {
-			return c.call(ctx, nil, "task.cancel", ref)
+			if err := c.call(ctx, nil, "task.cancel", ref); err != nil {
+				return err
+			}
+			return g.done("cancel asked for", "task", rec)
 		}),
 	)
 	return cmd
@@ -51,7 +54,7 @@ func (c *client) follow(ctx context.Context, name, ref string) (string, error) {
 		}
 		err := c.call(ctx, &batch, "event.from", []string{"task/" + ref}, token, 30.0)
 		if ctx.Err() != nil {
-			return "", fmt.Errorf("interrupted: the task goes on. `patchd task show %s` tells how it is, `patchd task cancel` ends it", ref)
+			return "", fmt.Errorf("interrupted: the task goes on. `patchd task show %[1]s` tells how it is, `patchd task cancel %[1]s` ends it", ref)
 		}
 		if xapi.Is(err, xapi.EventsLost) {
 			token = ""

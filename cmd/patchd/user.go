@@ -18,14 +18,20 @@ func newUser(g *global) *cobra.Command {
 	cmd.AddCommand(
 		newUserAdd(g), newUserList(g),
 		userCommand(g, "passwd NAME", "give a user a new password; their sessions end", func(ctx context.Context, c *client, name string) error {
-			password, err := newPassword()
+			password, err := newPassword(ctx)
 			if err != nil {
 				return err
 			}
-			return c.call(ctx, nil, "patchd.user_passwd", name, password)
+			if err := c.call(ctx, nil, "patchd.user_passwd", name, password); err != nil {
+				return err
+			}
+			return g.doneUser("new password", name)
 		}),
 		userCommand(g, "remove NAME", "remove a user; their sessions end", func(ctx context.Context, c *client, name string) error {
-			return c.call(ctx, nil, "patchd.user_remove", name)
+			if err := c.call(ctx, nil, "patchd.user_remove", name); err != nil {
+				return err
+			}
+			return g.doneUser("removed", name)
 		}),
 	)
 	return cmd
@@ -43,14 +49,26 @@ func userCommand(g *global, use, short string, f func(ctx context.Context, c *cl
 func newUserAdd(g *global) *cobra.Command {
 	role := "read-only"
 	cmd := userCommand(g, "add NAME", "add a user", func(ctx context.Context, c *client, name string) error {
-		password, err := newPassword()
+		password, err := newPassword(ctx)
 		if err != nil {
 			return err
 		}
-		return c.call(ctx, nil, "patchd.user_add", name, password, role)
+		if err := c.call(ctx, nil, "patchd.user_add", name, password, role); err != nil {
+			return err
+		}
+		return g.doneUser("added", name)
 	})
 	cmd.Flags().StringVar(&role, "role", role, "pool-admin, pool-operator or read-only")
+	completeWords(cmd, "role", "pool-admin", "pool-operator", "read-only")
 	return cmd
+}
+
+func (g *global) doneUser(verb, name string) error {
+	if g.json() {
+		return printJSON(os.Stdout, map[string]string{"name": name})
+	}
+	fmt.Printf("%s: user %s\n", verb, name)
+	return nil
 }
 
 func newUserList(g *global) *cobra.Command {
@@ -58,7 +76,7 @@ func newUserList(g *global) *cobra.Command {
 		Use: "list", Short: "list the users", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return g.with(cmd.Context(), func(ctx context.Context, c *client) error {
-				var users []map[string]string
+				users := []map[string]string{}
 				if err := c.call(ctx, &users, "patchd.user_list"); err != nil {
 					return err
 				}
@@ -67,7 +85,7 @@ func newUserList(g *global) *cobra.Command {
 				}
 				rows := make([][]string, len(users))
 				for i, u := range users {
-					rows[i] = []string{u["name"], u["role"], u["created"]}
+					rows[i] = []string{u["name"], u["role"], dateText(u["created"])}
 				}
 				printTable(os.Stdout, []string{"NAME", "ROLE", "CREATED"}, rows)
 				return nil
@@ -77,7 +95,7 @@ func newUserList(g *global) *cobra.Command {
 }
 
 // newPassword asks twice on a terminal, else reads one line of the standard input.
-func newPassword() (string, error) {
+func newPassword(ctx context.Context) (string, error) {
 	if !term.IsTerminal(int(os.Stdin.Fd())) {
 		line, err := bufio.NewReader(io.LimitReader(os.Stdin, 4096)).ReadString('\n')
 		if err != nil && !errors.Is(err, io.EOF) {
@@ -88,11 +106,11 @@ func newPassword() (string, error) {
 		}
 		return line, nil
 	}
-	first, err := askPassword("New password: ")
+	first, err := askPassword(ctx, "New password: ")
 	if err != nil {
 		return "", err
 	}
-	second, err := askPassword("Once more: ")
+	second, err := askPassword(ctx, "Once more: ")
 	if err != nil {
 		return "", err
 	}
