@@ -54,6 +54,9 @@ type Options struct {
 	Runner   []string
 	Timeouts Timeouts
 	Now      func() time.Time
+	// KeepFree says how many bytes must stay free on the filesystem of a path;
+	// nil: none.
+	KeepFree func(path string) int64
 	// MaxCleartext bounds clear-signed files, in bytes; 0: the default.
 	MaxCleartext int64
 }

@@ -190,10 +190,14 @@ func (e *execution) prepare(entry Entry, repos map[xapi.Ref]sr.Repository) (Run,
 	}
 	if dst == nil {
 		run.Image = a.journal.path(e.id, fileImage)
-		return run, nil
+	} else if run.Image, err = dst.Path(e.ctx, entry.Work); err != nil {
+		return run, err
 	}
-	run.Image, err = dst.Path(e.ctx, entry.Work)
-	return run, err
+	if a.KeepFree != nil {
+		// Room is planned with all of it; half is what a patch may not touch.
+		run.KeepFree = a.KeepFree(run.Image) / 2
+	}
+	return run, nil
 }
 
 // clone makes the work volume of the golden one, and tells whether the bytes

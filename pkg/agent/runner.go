@@ -2,11 +2,13 @@ package agent
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/patchd/patchd/pkg/dom0"
@@ -34,6 +36,10 @@ type Run struct {
 	Signature patch.Signature `json:"signature"`
 	KeysDir   string          `json:"keys_dir"`
 	Pinned    []string        `json:"pinned,omitempty"`
+
+	// KeepFree is the room in bytes that must stay free on the filesystem of
+	// the image while the patch runs; 0: none.
+	KeepFree int64 `json:"keep_free,omitempty"`
 
 	PatchDir string   `json:"patch_dir"`
 	Timeouts Timeouts `json:"timeouts"`
@@ -65,13 +71,21 @@ func RunRunner(ctx context.Context, d dom0.Dom0, dir string) error {
 	if err := os.Remove(filepath.Join(dir, fileResult)); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
+	room, err := reserveResult(dir)
+	if err != nil {
+		return err
+	}
 	r := &runner{dom0: d, dir: dir, run: run, mnt: filepath.Join(dir, dirMount)}
 	res := r.execute(ctx)
 	res.Finished = time.Now()
 	if err := fault.Point("runner.result"); err != nil {
+		return errors.Join(err, room.Close())
+	}
+	text, err := json.Marshal(res)
+	if err != nil {
 		return err
 	}
-	if err := writeJSON(filepath.Join(dir, fileResult), res); err != nil {
+	if err := writeResult(room, dir, text); err != nil {
 		return err
 	}
 	return fault.Point("runner.result.done")
@@ -101,8 +115,8 @@ func (r *runner) execute(ctx context.Context) (res Result) {
 	if uerr := undo.Run(ctx); uerr != nil {
 		res.Cleanup = uerr.Error()
 	}
-	if oerr := out.Close(); oerr != nil && err == nil {
-		err = fmt.Errorf("write the patch's output: %w", oerr)
+	if oerr := out.Close(); oerr != nil { // what the patch did counts, not what is kept of its words
+		res.Cleanup = strings.TrimPrefix(res.Cleanup+"; ", "; ") + "write the patch's output: " + oerr.Error()
 	}
 	if err != nil {
 		res.Error = xapi.AsError(err).Description()
@@ -227,6 +241,7 @@ func (r *runner) verb(ctx context.Context, verb string, timeout time.Duration) (
 	if verb == "precheck" {
 		out = r.out.tee(stdout)
 	}
+	full := r.guard(ctx)
 	end, err := r.dom0.Run(ctx, dom0.Cmd{
 		Path: filepath.Join(r.mnt, vdi.FileName), Args: []string{verb}, Dir: r.mnt, Env: r.environment(verb),
 		Stdout: out, Stderr: r.out, ExtraFiles: []dom0.File{progress.w},
@@ -234,6 +249,9 @@ func (r *runner) verb(ctx context.Context, verb string, timeout time.Duration) (
 	})
 	if perr := progress.close(); err == nil {
 		err = perr
+	}
+	if full() {
+		return end, "", r.filled(verb)
 	}
 	if err != nil {
 		return end, "", fmt.Errorf("run %s of patch %s: %w", verb, r.run.Patch, err)

@@ -168,7 +168,7 @@ func (s *Server) openPool(ctx context.Context, hostname string) error {
 		Coordinator: s.pool, Storage: s.pool, Dom0: s.dom0, Log: s.log,
 		Self: s.pool.Self, SelfUUID: s.pool.SelfUUID, PoolUUID: s.pool.PoolUUID,
 		JobsDir: s.state.path("jobs"), PatchDir: s.config.PatchDir, KeysDir: s.keysDir(), Pinned: s.config.PinnedSHA256,
-		Runner: s.runner, MaxCleartext: s.config.MaxCleartext,
+		Runner: s.runner, MaxCleartext: s.config.MaxCleartext, KeepFree: s.state.keepFree(s.dom0),
 		Timeouts: agent.Timeouts{
 			Precheck: time.Duration(s.config.PrecheckTimeout), Apply: time.Duration(s.config.ApplyTimeout),
 			Grace: time.Duration(s.config.GraceTimeout),
@@ -229,6 +229,7 @@ func (s *Server) Run(ctx context.Context, ready func()) error {
 		return err
 	}
 	s.ways.setHandler(handler)
+	boundMemory()
 	if ready != nil {
 		ready()
 	}
@@ -363,6 +364,7 @@ func (s *Server) housekeeping(ctx context.Context) {
 			return
 		case <-tick.C:
 		}
+		boundMemory()
 		err := errors.Join(s.tasks.GC(ctx), s.pool.CollectJobs(ctx), s.sessions.GC(ctx))
 		if n%12 == 0 {
 			err = errors.Join(err, s.pool.Sweep(ctx))
