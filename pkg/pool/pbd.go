@@ -3,6 +3,8 @@ package pool
 import (
 	"context"
 	"errors"
+	"path/filepath"
+	"strings"
 
 	"github.com/patchd/patchd/pkg/sr"
 	"github.com/patchd/patchd/pkg/store"
@@ -51,7 +53,23 @@ func (p *Pool) checkDevice(tx *store.Tx, rec PBD) error {
 	if err != nil {
 		return err
 	}
-	return sr.CheckConfig(d.Info(), rec.DeviceConfig)
+	return p.checkConfig(d, rec.DeviceConfig)
+}
+
+// checkConfig holds a device_config against its driver, and keeps SRs out of
+// the folders that patchd has for itself. Code: VALUE_NOT_SUPPORTED.
+func (p *Pool) checkConfig(d sr.Driver, device map[string]string) error {
+	if err := sr.CheckConfig(d.Info(), device); err != nil {
+		return err
+	}
+	for key, value := range device {
+		for _, own := range p.OwnDirs {
+			if path := filepath.Clean(value); path == own || strings.HasPrefix(path, own+"/") {
+				return sr.BadConfig(key, value, "lies in "+own+", which is a folder of patchd's own")
+			}
+		}
+	}
+	return nil
 }
 
 // PBDDestroy removes an unplugged link. Codes: HANDLE_INVALID,

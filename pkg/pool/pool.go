@@ -42,6 +42,9 @@ type Pool struct {
 	// KeepFree is what must stay free on the filesystem that holds path.
 	KeepFree func(path string) int64
 
+	// OwnDirs are folders of patchd's own, where no SR may lie.
+	OwnDirs []string
+
 	// Local is the agent of this host; set before the first call that needs it.
 	Local LocalHost
 
@@ -61,6 +64,7 @@ type Options struct {
 	Hostname string
 	Address  string // by which clients and other hosts reach this one, or ""
 	PatchDir string
+	OwnDirs  []string
 	KeepFree func(path string) int64
 	// Version is this program's version, for the host's software_version.
 	Version string
@@ -89,7 +93,7 @@ func Indexes() []store.Index {
 func Open(ctx context.Context, o Options) (*Pool, error) {
 	p := &Pool{
 		Store: o.Store, Log: o.Log, Drivers: o.Drivers, Now: o.Now,
-		SelfUUID: o.HostUUID, PatchDir: o.PatchDir, KeepFree: o.KeepFree,
+		SelfUUID: o.HostUUID, PatchDir: o.PatchDir, OwnDirs: o.OwnDirs, KeepFree: o.KeepFree,
 	}
 	if p.Now == nil {
 		p.Now = time.Now

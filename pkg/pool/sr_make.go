@@ -26,7 +26,7 @@ func (p *Pool) SRCreate(ctx context.Context, s SRSpec) (xapi.Ref, error) {
 	if err != nil {
 		return "", err
 	}
-	if err := sr.CheckConfig(d.Info(), s.DeviceConfig); err != nil {
+	if err := p.checkConfig(d, s.DeviceConfig); err != nil {
 		return "", err
 	}
 	ref, uuid := xapi.NewRef(), xapi.NewUUID()

@@ -144,7 +144,7 @@ func (s *Server) openPool(ctx context.Context, hostname string) error {
 	}
 	s.pool, err = pool.Open(ctx, pool.Options{
 		Store: s.store, Log: s.log, Drivers: all.Drivers(), HostUUID: host, Hostname: hostname,
-		Address: s.address(), PatchDir: s.config.PatchDir, KeepFree: s.state.keepFree(s.dom0), Version: s.version,
+		Address: s.address(), PatchDir: s.config.PatchDir, OwnDirs: s.ownDirs(), KeepFree: s.state.keepFree(s.dom0), Version: s.version,
 	})
 	if err != nil {
 		return err
@@ -176,6 +176,11 @@ func (s *Server) openPool(ctx context.Context, hostname string) error {
 	})
 	s.pool.Local, s.pool.Also = s.agent, s.examine
 	return os.MkdirAll(s.keysDir(), 0o755)
+}
+
+// ownDirs are the folders in which nothing but patchd puts anything.
+func (s *Server) ownDirs() []string {
+	return []string{s.state.path("jobs"), s.state.path("db"), s.keysDir(), s.config.PatchDir}
 }
 
 func (s *Server) keysDir() string { return s.state.path("trusted-keys") }
