@@ -1,0 +1,482 @@
+package integration
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/patchd/patchd/integration/lab"
+	"github.com/patchd/patchd/pkg/xapi"
+)
+
+// answer is what a client knows of something it asked for.
+type answer int
+
+const (
+	no    answer = iota // not asked, or refused
+	maybe               // the connection broke before the answer
+	yes
+)
+
+// heard makes an answer of the error of a call: a refusal is a no, a broken
+// connection a maybe.
+func heard(err error) answer {
+	var refusal *xapi.Error
+	switch {
+	case err == nil:
+		return yes
+	case errors.As(err, &refusal):
+		return no
+	}
+	return maybe
+}
+
+// told is what a client was told of one patch.
+type told struct {
+	*lab.Patch
+	signed                               []byte
+	digest                               string // of the payload
+	effect                               string // a file that gets a line each time the patch is applied
+	asked                                int    // applies
+	uploaded, applied, cleaned, destroyed answer
+	golden                               string // SHA-256 of the image
+	killed                               bool   // its runner: how the apply ended may be unknown
+	spoilt                               bool   // its apply may have failed after it changed the host
+}
+
+// victim is a host that is made to fail, and what its clients were told.
+type victim struct {
+	*lab.Host
+	s        *lab.Session
+	dir      string
+	patches  []*told          // those to look at
+	old      []*told          // those looked at before
+	ended    map[string]any   // tasks that have ended, and how
+	plan     string           // of the daemon
+	runner   string           // of runners
+	trace    string
+	restarts int
+}
+
+// newVictim starts a host with fault injection in it. dir may be "".
+func newVictim(t testing.TB, o lab.Options) *victim {
+	t.Helper()
+	v := &victim{dir: t.TempDir(), ended: map[string]any{}}
+	v.plan, v.runner, v.trace = filepath.Join(v.dir, "plan"), filepath.Join(v.dir, "runner-plan"), filepath.Join(v.dir, "trace")
+	o.Binary = lab.FaultBinary(t)
+	o.Env = append(o.Env, "PATCHD_FAULT_PLAN="+v.plan, "PATCHD_FAULT_RUNNER_PLAN="+v.runner, "PATCHD_FAULT_TRACE="+v.trace)
+	v.Host = lab.Start(t, o)
+	v.s = v.Root()
+	return v
+}
+
+// let sets what the daemon and the runners are to die or fail of; "" is nothing.
+func (v *victim) let(daemon, runner string) {
+	v.T.Helper()
+	for path, text := range map[string]string{v.plan: daemon, v.runner: runner} {
+		if err := os.WriteFile(path+".new", []byte(text), 0o600); err != nil {
+			v.T.Fatal(err)
+		}
+		if err := os.Rename(path+".new", path); err != nil {
+			v.T.Fatal(err)
+		}
+	}
+}
+
+// dead tells whether the daemon has ended.
+func (v *victim) dead() bool {
+	select {
+	case <-v.Exited():
+		return true
+	default:
+		return false
+	}
+}
+
+// up starts the daemon again, without faults.
+func (v *victim) up() {
+	v.T.Helper()
+	v.let("", "")
+	http.DefaultClient.CloseIdleConnections()
+	v.Up()
+	v.restarts++
+}
+
+// mark is where the trace ends just now.
+func (v *victim) mark() int64 {
+	st, err := os.Stat(v.trace)
+	if err != nil {
+		return 0
+	}
+	return st.Size()
+}
+
+// passed lists the points passed since mark, by process.
+func (v *victim) passed(mark int64) map[string][]string {
+	v.T.Helper()
+	b, err := os.ReadFile(v.trace)
+	if err != nil {
+		v.T.Fatal(err)
+	}
+	points := map[string][]string{}
+	for _, line := range strings.Split(strings.TrimSpace(string(b[mark:])), "\n") {
+		if f := strings.Fields(line); len(f) == 3 {
+			points[f[0]] = append(points[f[0]], f[2])
+		}
+	}
+	return points
+}
+
+// fresh makes a patch whose every apply leaves a trace on the host.
+func (v *victim) fresh(p lab.Patch) *told {
+	v.T.Helper()
+	k := &told{Patch: &p, effect: filepath.Join(v.dir, "effect-"+string(xapi.NewUUID()))}
+	p.Apply = fmt.Sprintf("echo applied >> %s; sync %s; echo work > $PATCHD_SCRATCH/work\n%s", k.effect, k.effect, p.Apply)
+	payload := p.Payload()
+	sum := sha256.Sum256(payload)
+	k.digest, k.signed = hex.EncodeToString(sum[:]), lab.DefaultKey(v.T).Sign(v.T, payload)
+	v.patches = append(v.patches, k)
+	return k
+}
+
+// upload puts the patch, by a task of the client's own or without.
+func (v *victim) upload(k *told, byTask bool) error {
+	query := url.Values{}
+	var task string
+	if byTask {
+		ref, err := v.s.Try("task.create", "upload", "")
+		if err != nil {
+			return err
+		}
+		task = ref.(string)
+		query.Set("task_id", task)
+	}
+	a, err := v.s.Put("/pool_patch_upload", query, bytes.NewReader(k.signed), int64(len(k.signed)))
+	if e := a.Err(); err == nil && e != nil {
+		err = e
+	}
+	if err == nil && a.Status >= 300 {
+		err = xapi.Internal("HTTP %d %s", a.Status, a.Body)
+	}
+	if err == nil && byTask {
+		_, err = v.follow(task)
+	}
+	k.uploaded = heard(err)
+	return err
+}
+
+// follow waits for a task like a client that may lose its connection.
+func (v *victim) follow(task string) (string, error) {
+	for {
+		rec, err := v.s.Try("task.get_record", task)
+		if err != nil {
+			if !v.dead() && heard(err) == maybe {
+				time.Sleep(20 * time.Millisecond)
+				continue
+			}
+			return "", err
+		}
+		r := rec.(map[string]any)
+		switch r["status"] {
+		case "success":
+			return fmt.Sprint(r["result"]), nil
+		case "failure", "cancelled":
+			var info []string
+			for _, p := range r["error_info"].([]any) {
+				info = append(info, p.(string))
+			}
+			if len(info) == 0 {
+				info = []string{"TASK_CANCELLED"}
+			}
+			return "", xapi.NewError(info[0], info[1:]...)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+func (v *victim) ref(k *told) (string, error) {
+	ref, err := v.s.Try("pool_patch.get_by_uuid", string(k.UUID))
+	text, _ := ref.(string)
+	return text, err
+}
+
+// ways an apply can be asked for.
+var ways = []string{"pool_patch.apply", "Async.pool_patch.apply", "pool_patch.pool_apply", "Async.pool_patch.pool_apply"}
+
+func (v *victim) apply(k *told, way string) error {
+	ref, err := v.ref(k)
+	if err != nil {
+		return err
+	}
+	params := []any{ref}
+	if strings.HasSuffix(way, ".apply") {
+		params = append(params, v.hostRef())
+	}
+	k.asked++
+	out, err := v.s.Try(way, params...)
+	if err == nil && strings.HasPrefix(way, "Async.") {
+		_, err = v.follow(out.(string))
+	}
+	k.applied = max(k.applied, heard(err))
+	return err
+}
+
+// hostRef is the ref of the only host, also while the daemon is down.
+func (v *victim) hostRef() string {
+	all, err := v.s.Try("host.get_all")
+	if refs, ok := all.([]any); err == nil && ok && len(refs) == 1 {
+		return refs[0].(string)
+	}
+	return ""
+}
+
+// story does the main job with two patches, and stops at the first thing that
+// does not work. Its variants ask in different ways.
+func (v *victim) story(variant int) error {
+	a, b := v.fresh(lab.Patch{Pad: 3000, Precheck: "echo fine"}), v.fresh(lab.Patch{Pad: 100})
+	steps := []func() error{
+		func() error { return v.upload(a, variant%2 == 1) },
+		func() error {
+			ref, err := v.ref(a)
+			if err == nil {
+				_, err = v.s.Try("pool_patch.precheck", ref, v.hostRef())
+			}
+			return err
+		},
+		func() error { return v.apply(a, ways[variant%len(ways)]) },
+		func() error { return v.clean(a) },
+		func() error { return v.upload(b, variant%2 == 0) },
+		func() error { return v.destroy(b) },
+	}
+	for _, step := range steps {
+		if err := step(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (v *victim) clean(k *told) error {
+	ref, err := v.ref(k)
+	if err != nil {
+		return err
+	}
+	_, err = v.s.Try("pool_patch.pool_clean", ref)
+	if k.cleaned = heard(err); k.cleaned == no {
+		k.cleaned = maybe // it may have come half way
+	}
+	return err
+}
+
+func (v *victim) destroy(k *told) error {
+	ref, err := v.ref(k)
+	if err != nil {
+		return err
+	}
+	_, err = v.s.Try("pool_patch.destroy", ref)
+	k.destroyed = heard(err)
+	k.cleaned = maybe // a refusal may come after VDI or file have gone
+	return err
+}
+
+// invariants checks, on a running daemon, what must be true after every fault.
+func invariants(t testing.TB, v *victim) {
+	t.Helper()
+	v.allEnded(t)
+	v.CheckNothingLeft()
+	if pids := processes("runner\x00--groups\x00" + v.GroupPrefix()); len(pids) > 0 {
+		t.Errorf("runners are left: %v", pids)
+	}
+	patches, vdis, hps := v.s.All("pool_patch"), v.s.All("VDI"), v.s.All("host_patch")
+	images := map[string]bool{}
+	for ref, rec := range vdis {
+		path := filepath.Join(v.StateDir, "sr", rec["uuid"].(string)+".img")
+		images[path] = true
+		if !exists(path) || rec["missing"] == true {
+			t.Errorf("VDI %s has no image: %v", ref, rec)
+		}
+	}
+	files, _ := filepath.Glob(filepath.Join(v.StateDir, "sr", "*.img"))
+	for _, f := range files {
+		if !images[f] {
+			t.Errorf("no VDI is %s", f)
+		}
+	}
+	used := map[any]bool{}
+	for ref, rec := range patches {
+		if vdi := rec["VDI"].(string); vdi != nullRef && vdis[vdi] == nil {
+			t.Errorf("patch %s names the VDI %s, which does not exist", ref, vdi)
+		}
+		used[rec["VDI"]] = true
+	}
+	for ref, rec := range vdis {
+		if !used[ref] {
+			t.Errorf("VDI %s belongs to no patch: %v", ref, rec)
+		}
+	}
+	for _, k := range v.patches {
+		v.checkPatch(t, k, patches, hps)
+	}
+	if log := v.Log(); strings.Contains(log, "panic:") || strings.Contains(log, "panicked") {
+		t.Error("something panicked")
+	}
+}
+
+// allEnded waits until no task is pending, and checks that none has ended twice.
+func (v *victim) allEnded(t testing.TB) {
+	t.Helper()
+	var pending []any
+	for end := time.Now().Add(20 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		pending = nil
+		for ref, rec := range v.s.All("task") {
+			status := rec["status"]
+			if status == "pending" || status == "cancelling" {
+				pending = append(pending, rec)
+				continue
+			}
+			if was, ok := v.ended[ref]; ok && was != status {
+				t.Errorf("task %s was %s and is %s", ref, was, status)
+			}
+			v.ended[ref] = status
+		}
+		if len(pending) == 0 {
+			return
+		}
+	}
+	t.Errorf("tasks do not end: %v", pending)
+}
+
+func (v *victim) checkPatch(t testing.TB, k *told, patches, hps map[string]lab.Record) {
+	t.Helper()
+	var ref string
+	for r, rec := range patches {
+		if rec["uuid"] == string(k.UUID) {
+			ref = r
+		}
+	}
+	switch {
+	case ref == "" && k.uploaded == yes && k.destroyed == no:
+		t.Errorf("patch %s was acknowledged and is not there", k.UUID)
+	case ref != "" && k.uploaded == no:
+		t.Errorf("patch %s was refused and is there", k.UUID)
+	case ref != "" && k.destroyed == yes:
+		t.Errorf("patch %s was destroyed and is there", k.UUID)
+	}
+	if ref != "" {
+		v.checkImage(t, k, patches[ref])
+	}
+	v.checkApplied(t, k, ref, hps)
+}
+
+// checkImage reads the image of a patch back.
+func (v *victim) checkImage(t testing.TB, k *told, rec lab.Record) {
+	t.Helper()
+	if rec["VDI"] == nullRef {
+		if k.cleaned == no {
+			t.Errorf("patch %s has lost its VDI", k.UUID)
+		}
+		return
+	}
+	if k.cleaned == yes {
+		t.Errorf("patch %s was cleaned and has a VDI", k.UUID)
+	}
+	path := image(v.s, rec["VDI"].(string))
+	payload, err := exec.Command("debugfs", "-R", "cat patch", path).Output()
+	if sum := sha256.Sum256(payload); err != nil || hex.EncodeToString(sum[:]) != k.digest {
+		t.Errorf("%s does not hold the payload of %s: %v", path, k.UUID, err)
+	}
+	sum := fileSum(t, path)
+	if k.golden == "" {
+		k.golden = sum
+	}
+	if sum != k.golden {
+		t.Errorf("the golden image of %s has changed", k.UUID)
+	}
+}
+
+// checkApplied compares what was done to the host with stampfile and record.
+func (v *victim) checkApplied(t testing.TB, k *told, ref string, hps map[string]lab.Record) {
+	t.Helper()
+	effects, stamp := lines(k.effect), exists(filepath.Join(v.PatchDir, "applied", string(k.UUID)))
+	if effects > k.asked {
+		t.Errorf("patch %s was applied %d times and asked for %d times", k.UUID, effects, k.asked)
+	}
+	state := "absent"
+	for _, hp := range hps {
+		if hp["pool_patch"] != ref {
+			continue
+		}
+		switch {
+		case state != "absent":
+			t.Errorf("patch %s has two host_patches", k.UUID)
+		case hp["applied"] == true:
+			state = "applied"
+		default:
+			state = fmt.Sprint(hp["other_config"].(map[string]any)["patchd-state"])
+		}
+	}
+	switch {
+	case (state == "applied") != stamp:
+		t.Errorf("patch %s: host_patch %s, stampfile %v", k.UUID, state, stamp)
+	case !slices.Contains([]string{"absent", "applied", "unknown"}, state):
+		t.Errorf("patch %s: host_patch %s", k.UUID, state)
+	case state == "unknown" && !k.killed:
+		t.Errorf("patch %s: its runner was not killed, and its end is unknown", k.UUID)
+	case state == "applied" && effects == 0:
+		t.Errorf("patch %s is said to be applied and was not", k.UUID)
+	case state == "absent" && effects > 0 && !k.spoilt:
+		t.Errorf("patch %s was applied and is said not to be", k.UUID)
+	case k.applied == yes && state != "applied":
+		t.Errorf("the apply of %s was acknowledged: host_patch %s", k.UUID, state)
+	}
+}
+
+// works checks that the main job works, and has its patches looked at later,
+// all at once.
+func (v *victim) works(t testing.TB) {
+	t.Helper()
+	k := v.fresh(lab.Patch{})
+	if err := v.upload(k, false); err != nil {
+		t.Fatalf("upload: %v", err)
+	}
+	if err := v.apply(k, "pool_patch.apply"); err != nil {
+		t.Fatalf("apply: %v", err)
+	}
+	v.old, v.patches = append(v.old, v.patches...), nil
+}
+
+// finish looks at everything once more, and at what only the database shows.
+func (v *victim) finish(t testing.TB) {
+	t.Helper()
+	v.patches, v.old = append(v.old, v.patches...), nil
+	invariants(t, v)
+	v.Down()
+	out, errs, code := v.CLI("store", "backup", "-")
+	if code != 0 {
+		t.Fatalf("backup: %s", errs)
+	}
+	for line := range strings.Lines(out) {
+		var rec struct {
+			Class string
+			Value struct{ State string }
+		}
+		if err := json.Unmarshal([]byte(line), &rec); err != nil {
+			t.Fatal(err)
+		}
+		if rec.Class == "intent" || rec.Class == "run" || rec.Class == "job" && rec.Value.State != "done" {
+			t.Errorf("left in the database: %s", line)
+		}
+	}
+}
