@@ -154,7 +154,8 @@ func TestA6_S1_34_InfoThatIsWrong(t *testing.T) {
 	}
 }
 
-// A6: what apply, precheck, pool_apply, destroy and host_patch.apply raise.
+// A6: what apply, precheck, pool_apply, destroy (S1-38) and host_patch.apply
+// raise.
 func TestA6_ApplyErrors(t *testing.T) {
 	t.Parallel()
 	s := lab.Start(t, lab.Options{}).Root()

@@ -70,6 +70,7 @@ func scratchIsNotOnTheRoot(t *testing.T, dir string) {
 	wrapper, root := ownRoot(t, lab.Binary(t), dir)
 	h := lab.Start(t, lab.Options{Dir: dir, Binary: wrapper})
 	s := h.Root()
+	run(t, "fallocate", "-l", fmt.Sprint(free(t, root)-3*mib), filepath.Join(root, "others")) // the upload is ten times what is left
 	before := used(t, root)
 	p := s.MustUpload(&lab.Patch{Pad: payload, Apply: `set -e
 head -c $((2 * $(stat -c %s "$0"))) /dev/zero > "$PATCHD_SCRATCH/work"

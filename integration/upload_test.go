@@ -72,8 +72,8 @@ func checkImage(t *testing.T, path string, payload []byte) {
 
 func roundUp(n, to int64) int64 { return (n + to - 1) / to * to }
 
-// A2 and the rows about where a patch goes: S1-03, S1-05, S1-06, S1-09, S1-15,
-// S1-24, S1-27.
+// A2 and the rows about what an upload makes: S1-03, S1-06, S1-09, S1-15, S1-24,
+// S1-27.
 func TestA2_CurlUploadOf200MB(t *testing.T) {
 	h := lab.Start(t, lab.Options{})
 	s := h.Root()
