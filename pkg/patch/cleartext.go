@@ -9,8 +9,11 @@ import (
 	"strings"
 )
 
+// CleartextBegin is how a clear-signed message begins. It is read into memory
+// as a whole, all others as a stream.
+const CleartextBegin = "-----BEGIN PGP SIGNED MESSAGE-----"
+
 const (
-	cleartextBegin = "-----BEGIN PGP SIGNED MESSAGE-----"
 	messageBegin   = "-----BEGIN PGP MESSAGE-----"
 	signatureBegin = "-----BEGIN PGP SIGNATURE-----"
 	messageKind    = "PGP MESSAGE"
@@ -28,7 +31,7 @@ func readCleartext(r *bufio.Reader, limit int64) (payload, packets []byte, err e
 	if err != nil {
 		return nil, nil, unexpected(err)
 	}
-	if string(line) != cleartextBegin {
+	if string(line) != CleartextBegin {
 		return nil, nil, errors.New("not a cleartext signed message")
 	}
 	if err := readHashHeaders(r); err != nil {
@@ -67,7 +70,7 @@ func readHashHeaders(r *bufio.Reader) error {
 
 // readText reads the lines up to the beginning of the signature.
 func readText(r *bufio.Reader, limit int64) ([]byte, error) {
-	var payload bytes.Buffer
+	var payload []byte // grows by a quarter at a time: it may be large
 	for {
 		line, err := readLongLine(r, &limit)
 		if err != nil {
@@ -75,15 +78,15 @@ func readText(r *bufio.Reader, limit int64) ([]byte, error) {
 		}
 		if line[0] == '-' {
 			if string(bytes.TrimRight(line, blanks+"\n")) == signatureBegin {
-				return payload.Bytes(), nil
+				return payload, nil
 			}
 			if !bytes.HasPrefix(line, []byte("- ")) {
 				return nil, errors.New("a line of the signed text begins with a dash that is not escaped")
 			}
 			line = line[2:]
 		}
-		payload.Write(bytes.TrimRight(line, blanks+"\n"))
-		payload.WriteByte('\n')
+		payload = append(payload, bytes.TrimRight(line, blanks+"\n")...)
+		payload = append(payload, '\n')
 	}
 }
 

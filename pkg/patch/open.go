@@ -96,14 +96,14 @@ func (m *Message) begin(keys *Keyring, o Options) error {
 }
 
 func (m *Message) open(r *bufio.Reader, keys *Keyring, o Options) error {
-	begin, err := r.Peek(len(cleartextBegin))
+	begin, err := r.Peek(len(CleartextBegin))
 	if err != nil && err != io.EOF {
 		return err
 	}
 	switch {
 	case len(begin) == 0:
 		return errors.New("the file is empty")
-	case string(begin) == cleartextBegin:
+	case string(begin) == CleartextBegin:
 		return m.openCleartext(r, keys, o)
 	case bytes.HasPrefix(begin, []byte(messageBegin)):
 		if line, err := readLine(r); err != nil || string(line) != messageBegin {

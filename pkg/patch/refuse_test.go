@@ -37,10 +37,10 @@ func TestOpenCleartextRefuses(t *testing.T) {
 		"end missing":             file[:strings.Index(file, "-----END")],
 		"signature missing":       file[:strings.Index(file, "-----BEGIN PGP SIGNATURE")],
 		"other block":             strings.ReplaceAll(file, "PGP SIGNATURE", "PGP MESSAGE"),
-		"first line longer":       replace(cleartextBegin, cleartextBegin+"x"),
+		"first line longer":       replace(CleartextBegin, CleartextBegin+"x"),
 		"checksum wrong":          replaceLine(file, "=", "=AAAA"),
 		"signature damaged":       replace(signatureBegin+"\n\ni", signatureBegin+"\n\nj"),
-		"begins and ends":         cleartextBegin,
+		"begins and ends":         CleartextBegin,
 		"empty line before armor": replace(signatureBegin+"\n", signatureBegin+"\nx\n"),
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -37,7 +37,7 @@ func TestVerifyReports(t *testing.T) {
 		"strange text":     {gpg_(t, []byte(sample), "-u", keyB, "--clearsign"), Cleartext, false, false, fpB, "unknown", false},
 		"unsigned":         {[]byte(sample), "", false, false, "", "not signed", false},
 		"stored":           {gpg_(t, []byte(sample), "-z", "0", "--store"), Inline, false, false, "", "not signed", false},
-		"terminal escapes": {[]byte(cleartextBegin + "\n\x1b[31m\n\n"), Cleartext, false, false, "", "header", false},
+		"terminal escapes": {[]byte(CleartextBegin + "\n\x1b[31m\n\n"), Cleartext, false, false, "", "header", false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			path := writeFile(t, dir+"/"+name, c.file)

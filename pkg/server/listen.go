@@ -25,10 +25,17 @@ const (
 	headerTimeout = 20 * time.Second
 	idleTimeout   = 2 * time.Minute
 	maxHeader     = 32 << 10
-	// maxConnections bounds what one listener holds; beyond it new connections
-	// are closed at once. The unix socket has its own count, so that an admin
-	// on the host always gets in.
-	maxConnections = 8192
+	// maxConnections bounds what the listeners on the network hold together,
+	// see crowd. The unix socket has its own count, so that an admin on the
+	// host always gets in.
+	maxConnections = 4096
+	maxLocal       = 512
+	// ownFiles is how many files the process keeps for its own work.
+	ownFiles = 512
+	// lastWords is how long a client may take to read the end of an answer, and
+	// wasteTime how long it may send what nobody wants any more.
+	lastWords = time.Minute
+	wasteTime = 5 * time.Second
 )
 
 // listeners are the ways in: plain HTTP, TLS, and the unix socket.
@@ -45,7 +52,16 @@ type handlerBox struct{ http.Handler }
 
 func (l *listeners) setHandler(h http.Handler) { l.handler.Store(handlerBox{h}) }
 
+// ServeHTTP lets the handler decide about deadlines while it runs. What the
+// server does by itself afterwards, which is sending the end of the answer and
+// skipping the rest of the body, is bounded here.
 func (l *listeners) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	rc := http.NewResponseController(w)
+	_ = rc.SetWriteDeadline(time.Time{}) // of the request before
+	defer func() {
+		_ = rc.SetWriteDeadline(time.Now().Add(lastWords))
+		_ = rc.SetReadDeadline(time.Now().Add(wasteTime)) // the server sets its own for the next request
+	}()
 	l.handler.Load().(handlerBox).ServeHTTP(w, r)
 }
 
@@ -59,6 +75,7 @@ func booting(w http.ResponseWriter, _ *http.Request) {
 func openListeners(c Config, s stateDir, cert tls.Certificate, log logrus.FieldLogger) (l *listeners, err error) {
 	l = &listeners{log: log}
 	l.setHandler(http.HandlerFunc(booting))
+	network := &crowd{limit: crowdLimit()}
 	defer func() {
 		if err != nil {
 			l.close(0)
@@ -70,7 +87,7 @@ func openListeners(c Config, s stateDir, cert tls.Certificate, log logrus.FieldL
 			return l, fmt.Errorf("plain HTTP: %w; --listen names another address", err)
 		}
 		l.Addr = ln.Addr()
-		l.serve(&capListener{Listener: ln}, nil)
+		l.serve(&crowdListener{ln, network}, marked)
 	}
 	if c.TLSListen != "" {
 		ln, err := net.Listen("tcp", c.TLSListen)
@@ -78,7 +95,7 @@ func openListeners(c Config, s stateDir, cert tls.Certificate, log logrus.FieldL
 			return l, fmt.Errorf("TLS: %w; --tls-listen names another address", err)
 		}
 		l.TLSAddr = ln.Addr()
-		l.serve(tls.NewListener(&capListener{Listener: ln}, tlsConfig(cert)), nil)
+		l.serve(tls.NewListener(&crowdListener{ln, network}, tlsConfig(cert)), marked)
 	}
 	return l, l.openSocket(s.path("patchd.sock"))
 }
@@ -109,7 +126,8 @@ func (l *listeners) openSocket(path string) error {
 	if err != nil {
 		return err
 	}
-	l.serve(&capListener{Listener: ln}, func(ctx context.Context, c net.Conn) context.Context {
+	l.serve(&crowdListener{ln, &crowd{limit: maxLocal}}, func(ctx context.Context, c net.Conn) context.Context {
+		ctx = marked(ctx, c)
 		if peerIsRoot(c) {
 			return session.WithTrusted(ctx)
 		}
@@ -120,7 +138,7 @@ func (l *listeners) openSocket(path string) error {
 
 // peerIsRoot asks the kernel who is at the other end of a unix socket.
 func peerIsRoot(c net.Conn) bool {
-	if cc, ok := c.(*capConn); ok {
+	if cc := inCrowd(c); cc != nil {
 		c = cc.Conn
 	}
 	u, ok := c.(*net.UnixConn)
@@ -170,35 +188,4 @@ func (l *listeners) close(grace time.Duration) {
 	}
 	wg.Wait()
 	l.wg.Wait()
-}
-
-// capListener counts open connections and refuses those beyond the limit.
-type capListener struct {
-	net.Listener
-	open atomic.Int64
-}
-
-func (l *capListener) Accept() (net.Conn, error) {
-	for {
-		c, err := l.Listener.Accept()
-		if err != nil {
-			return nil, err
-		}
-		if l.open.Add(1) <= maxConnections {
-			return &capConn{Conn: c, release: func() { l.open.Add(-1) }}, nil
-		}
-		l.open.Add(-1)
-		c.Close()
-	}
-}
-
-type capConn struct {
-	net.Conn
-	once    sync.Once
-	release func()
-}
-
-func (c *capConn) Close() error {
-	c.once.Do(c.release)
-	return c.Conn.Close()
 }

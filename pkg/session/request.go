@@ -43,6 +43,21 @@ func WithTrusted(ctx context.Context) context.Context {
 // Trusted tells whether ctx was marked by WithTrusted.
 func Trusted(ctx context.Context) bool { return ctx.Value(trustedKey{}) != nil }
 
+type proofKey struct{}
+
+// WithProof lets Proven call known when a request of this connection has shown
+// that it belongs to a session.
+func WithProof(ctx context.Context, known func()) context.Context {
+	return context.WithValue(ctx, proofKey{}, known)
+}
+
+// Proven says that whoever ctx's request belongs to has a session that is valid.
+func Proven(ctx context.Context) {
+	if known, ok := ctx.Value(proofKey{}).(func()); ok {
+		known()
+	}
+}
+
 // HTTPStatus is how the failure of FromRequest or Require is answered: 401,
 // 403, or 500 for an unknown scheme and what went wrong inside.
 func HTTPStatus(err error) int {
@@ -70,6 +85,14 @@ func HTTPStatus(err error) int {
 // password was wrong, and is to be answered by 401; an unknown scheme is
 // INTERNAL_ERROR, by 500. See HTTPStatus.
 func (m *Manager) FromRequest(r *http.Request) (s *Session, release func(), err error) {
+	s, release, err = m.fromRequest(r)
+	if err == nil {
+		Proven(r.Context())
+	}
+	return s, release, err
+}
+
+func (m *Manager) fromRequest(r *http.Request) (s *Session, release func(), err error) {
 	release = func() {}
 	query := r.URL.Query()
 	if id, ok := credential(r, query, "session_id"); ok {

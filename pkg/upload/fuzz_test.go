@@ -67,7 +67,7 @@ func FuzzRange(f *testing.F) {
 	}
 	log := logrus.New()
 	log.SetOutput(io.Discard)
-	h := &Handler{Options{Stall: time.Minute, Log: log}}
+	h := &Handler{Options: Options{Stall: time.Minute, Log: log}}
 	f.Fuzz(func(t *testing.T, spec string) {
 		file, err := os.Open(path)
 		if err != nil {

@@ -73,8 +73,20 @@ type Options struct {
 	Render func(class string, ref xapi.Ref) (json.RawMessage, error)
 }
 
+// maxStreams is how many bodies are read at once: each has its buffers and its
+// unfinished image. Further ones wait under their task before anything of them
+// is read.
+const maxStreams = 128
+
+// maxTexts is the same for clear-signed patches: each is in memory as a whole.
+const maxTexts = 2
+
 // Handler serves the four paths.
-type Handler struct{ Options }
+type Handler struct {
+	Options
+	streams chan struct{} // one element for each body that is read
+	texts   chan struct{} // one for each that is clear-signed, which takes memory
+}
 
 // New makes a Handler.
 func New(o Options) *Handler {
@@ -84,7 +96,17 @@ func New(o Options) *Handler {
 	if o.Linger <= 0 {
 		o.Linger = 2 * time.Second
 	}
-	return &Handler{o}
+	return &Handler{Options: o, streams: make(chan struct{}, maxStreams), texts: make(chan struct{}, maxTexts)}
+}
+
+// enter waits for a place among those that places has room for.
+func enter(ctx context.Context, places chan struct{}) (leave func(), err error) {
+	select {
+	case places <- struct{}{}:
+		return func() { <-places }, nil
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
 }
 
 // Routes adds the paths to r, each with and without a slash at its end.

@@ -1,6 +1,7 @@
 package upload
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -28,7 +29,7 @@ const (
 	headroom = 8 * mib
 	// roomEvery is how many bytes lie between two looks at the room left.
 	roomEvery = 64 * mib
-	copyChunk = 256 << 10
+	copyChunk = 128 << 10
 )
 
 // patchUpload serves PUT /pool_patch_upload.
@@ -50,6 +51,11 @@ func (h *Handler) patchUpload(w http.ResponseWriter, r *http.Request) {
 	}
 	var made xapi.Ref
 	_, err := c.run(func(ctx context.Context, t *task.Handle) (result string, err error) {
+		leave, err := enter(ctx, h.streams)
+		if err != nil {
+			return "", err
+		}
+		defer leave()
 		b := c.newBody(ctx, t)
 		defer b.close()
 		u := &patchUpload{h: h, body: b, requested: requestedSR(r)}
@@ -133,9 +139,11 @@ func (u *patchUpload) run(ctx context.Context) (xapi.Ref, error) {
 	if err != nil {
 		return "", fmt.Errorf("read trusted keys: %w", err)
 	}
-	if u.message, err = patch.Open(u.body, keys, u.h.Check); err != nil {
+	leave, err := u.open(ctx, keys)
+	if err != nil {
 		return "", err
 	}
+	defer leave()
 	length := u.body.length
 	if u.message.Compressed() {
 		length = -1 // the payload may be of any size
@@ -155,6 +163,28 @@ func (u *patchUpload) run(ctx context.Context) (xapi.Ref, error) {
 		return "", u.noRoom(err)
 	}
 	return u.ref, nil
+}
+
+// open reads the beginning of the message. Of clear-signed ones, which are read
+// as a whole here, few are let in at once, until leave is called.
+func (u *patchUpload) open(ctx context.Context, keys *patch.Keyring) (leave func(), err error) {
+	begin := make([]byte, len(patch.CleartextBegin))
+	n, err := io.ReadFull(u.body, begin)
+	if n == 0 && err != io.EOF {
+		return nil, err
+	}
+	leave = func() {}
+	if string(begin) == patch.CleartextBegin {
+		if leave, err = enter(ctx, u.h.texts); err != nil {
+			return nil, err
+		}
+	}
+	u.message, err = patch.Open(io.MultiReader(bytes.NewReader(begin[:n]), u.body), keys, u.h.Check)
+	if err != nil {
+		leave()
+		return nil, err
+	}
+	return leave, nil
 }
 
 // choose finds the SR and makes sure that need bytes have room on it.

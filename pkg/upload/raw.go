@@ -43,9 +43,14 @@ func (h *Handler) importRaw(w http.ResponseWriter, r *http.Request) {
 	}
 	c.ok()
 	_, err := c.run(func(ctx context.Context, t *task.Handle) (string, error) {
+		leave, err := enter(ctx, h.streams)
+		if err != nil {
+			return "", err
+		}
+		defer leave()
 		b := c.newBody(ctx, t)
 		defer b.close()
-		ref, err := xapi.Ref(""), error(nil)
+		ref := xapi.Ref("")
 		if into != "" {
 			ref, err = h.importInto(ctx, b, into)
 		} else {
@@ -165,18 +170,20 @@ func (h *Handler) importNew(ctx context.Context, b *body, requested string) (xap
 	return ref, u.noRoom(err)
 }
 
+var zeros [copyChunk]byte
+
 var errTooMuch = errors.New("more data than the VDI holds")
 
 // copyRaw writes the body to f from its first byte on, at most size bytes, and
 // syncs f. In a fresh volume zeros stay holes.
 func copyRaw(b *body, f *os.File, size int64, fresh bool) error {
-	buf, zero := make([]byte, mib), make([]byte, mib)
+	buf := make([]byte, copyChunk)
 	for at := int64(0); ; {
 		n, err := io.ReadFull(b, buf)
 		if at+int64(n) > size {
 			return errTooMuch
 		}
-		if n > 0 && !(fresh && bytes.Equal(buf[:n], zero[:n])) {
+		if n > 0 && !(fresh && bytes.Equal(buf[:n], zeros[:n])) {
 			if _, werr := f.WriteAt(buf[:n], at); werr != nil {
 				return fmt.Errorf("write VDI: %w", werr)
 			}

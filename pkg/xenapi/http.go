@@ -1,12 +1,12 @@
 package xenapi
 
 import (
-	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/gorilla/mux"
 
@@ -61,17 +61,21 @@ func (s *Server) servePreflight(w http.ResponseWriter, r *http.Request) {
 }
 
 func (s *Server) serveXML(w http.ResponseWriter, r *http.Request) {
-	body, ok := s.body(w, r)
+	body, release, ok := s.body(w, r)
 	if !ok {
 		return
 	}
-	method, params, err := decodeXML(body, s.Limits)
+	defer release()
+	var method string
+	var params []any
+	var err error
+	s.intake.decode(body, func() { method, params, err = decodeXML(body, s.Limits) })
 	if err != nil {
 		s.refuseMalformed(w, r, err)
 		return
 	}
 	if method == listMethods {
-		respond(w, r, contentXML, xmlResponse(s.messages.names()))
+		respond(w, r, contentXML, s.namesXML)
 		return
 	}
 	v, err := s.dispatch(WithAddress(r.Context(), r.RemoteAddr), method, params)
@@ -83,17 +87,20 @@ func (s *Server) serveXML(w http.ResponseWriter, r *http.Request) {
 }
 
 func (s *Server) serveJSON(w http.ResponseWriter, r *http.Request) {
-	body, ok := s.body(w, r)
+	body, release, ok := s.body(w, r)
 	if !ok {
 		return
 	}
-	call, err := decodeJSON(body, s.Limits)
+	defer release()
+	var call *jsonCall
+	var err error
+	s.intake.decode(body, func() { call, err = decodeJSON(body, s.Limits) })
 	if err != nil {
 		s.refuseMalformed(w, r, err)
 		return
 	}
 	if call.method == listMethods {
-		respond(w, r, contentJSON, call.success(s.messages.names()))
+		respond(w, r, contentJSON, call.success(s.namesJSON))
 		return
 	}
 	v, err := s.dispatch(WithAddress(r.Context(), r.RemoteAddr), call.method, call.params)
@@ -105,19 +112,16 @@ func (s *Server) serveJSON(w http.ResponseWriter, r *http.Request) {
 }
 
 // body reads the whole request, up to the limit. Whether it came with a length
-// or in chunks does not matter.
-func (s *Server) body(w http.ResponseWriter, r *http.Request) ([]byte, bool) {
-	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, s.Limits.Body))
+// or in chunks does not matter. release is to be called when the call is done.
+func (s *Server) body(w http.ResponseWriter, r *http.Request) (body []byte, release func(), ok bool) {
+	body, release, status, err := s.intake.Read(w, r, s.Limits.Body)
 	if err == nil {
-		return body, true
+		return body, release, true
 	}
-	status := http.StatusBadRequest
-	if tooLarge := new(http.MaxBytesError); errors.As(err, &tooLarge) {
-		status = http.StatusRequestEntityTooLarge
-	}
+	release()
 	s.Log.WithError(err).WithField("address", r.RemoteAddr).Debug("request not read")
 	refuse(w, status)
-	return nil, false
+	return nil, release, false
 }
 
 func (s *Server) refuseMalformed(w http.ResponseWriter, r *http.Request, err error) {
@@ -128,6 +132,8 @@ func (s *Server) refuseMalformed(w http.ResponseWriter, r *http.Request, err err
 // respond sends the answer of a call: 200, also when the call failed
 // (README fact 5). That a client is gone is no concern of ours.
 func respond(w http.ResponseWriter, r *http.Request, contentType string, body []byte) {
+	// A client that does not read its answer is cut off.
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(writeTimeout))
 	h := w.Header()
 	h.Set("Content-Type", contentType)
 	h.Set("Content-Length", strconv.Itoa(len(body)))

@@ -41,7 +41,9 @@ func (s *Server) start(c *call, async bool, params []any, audit *audit) (v any, 
 	case c.msg.mode == modeRead:
 		return s.read(c)
 	case c.msg.mode == modeLogin:
-		v, err = c.msg.run(c)
+		if v, err = c.msg.run(c); err == nil {
+			session.Proven(c.ctx)
+		}
 	case c.msg.mode == modeWrite:
 		v, err = s.write(c)
 	case async:

@@ -229,6 +229,8 @@ func encodeJSON(b *bytes.Buffer, v any) {
 	switch v := v.(type) {
 	case nil:
 		b.WriteString(`""`)
+	case json.RawMessage: // encoded before
+		b.Write(v)
 	case bool:
 		b.WriteString(strconv.FormatBool(v))
 	case float64:

@@ -1,7 +1,9 @@
 package xenapi
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"time"
 
@@ -40,6 +42,10 @@ type Server struct {
 	Options
 	model    *Model
 	messages *messageTable
+	intake   *Intake
+	// What system.listMethods answers, made once: it needs no login.
+	namesXML  []byte
+	namesJSON json.RawMessage
 }
 
 // New makes a Server.
@@ -58,6 +64,11 @@ func New(o Options) (*Server, error) {
 	}
 	s := &Server{Options: o, model: NewModel()}
 	s.messages = newMessageTable(allMessages(s.model))
+	s.intake = NewIntake(0)
+	names := s.messages.names()
+	var text bytes.Buffer
+	encodeJSON(&text, names)
+	s.namesXML, s.namesJSON = xmlResponse(names), text.Bytes()
 	return s, nil
 }
 
@@ -162,5 +173,6 @@ func (s *Server) dispatch(ctx context.Context, method string, params []any) (any
 	if err != nil {
 		return nil, err
 	}
+	session.Proven(ctx)
 	return s.invoke(ctx, m, async, method, sess, params[1:])
 }

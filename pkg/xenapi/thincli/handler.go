@@ -12,7 +12,9 @@ import (
 
 	"github.com/sirupsen/logrus"
 
+	"github.com/patchd/patchd/pkg/session"
 	"github.com/patchd/patchd/pkg/xapi"
+	"github.com/patchd/patchd/pkg/xenapi"
 )
 
 // API is what the command line needs of the server behind it. Errors carry
@@ -43,10 +45,11 @@ type Options struct {
 	MaxBody          int64 // bytes of a command line; 200 KiB
 	MaxFile          int64 // bytes of a client's file read into memory; 1 MiB
 	MaxFrames        int   // frames from one client; 65536 (a heartbeat comes every 300 s)
-	MaxConversations int   // at the same time; 256
+	MaxConversations int   // at the same time; 4096
+	MaxCommands      int   // at the same time, of clients that have logged in; 256
 
-	BodyTimeout   time.Duration // for the whole command line; 30 s
-	HelloTimeout  time.Duration // for the client's version; 30 s
+	BodyTimeout   time.Duration // for the whole command line; 20 s
+	HelloTimeout  time.Duration // for the client's version; 20 s
 	WriteTimeout  time.Duration // for one frame; 60 s
 	IdleTimeout   time.Duration // a transfer without a heartbeat; 30 min
 	SettleTimeout time.Duration // for a task to say why its transfer failed; 2 s
@@ -63,6 +66,9 @@ type Handler struct {
 	base context.Context
 	end  context.CancelCauseFunc
 	free chan struct{} // one element for each running conversation
+	busy chan struct{} // one element for each running command
+
+	intake *xenapi.Intake
 
 	mu      sync.Mutex
 	closed  bool
@@ -76,6 +82,8 @@ var errShutdown = errors.New("the server is shutting down")
 func New(api API, o Options) *Handler {
 	o.setDefaults()
 	h := &Handler{api: api, o: o, log: o.Log, free: make(chan struct{}, o.MaxConversations)}
+	h.busy = make(chan struct{}, o.MaxCommands)
+	h.intake = xenapi.NewIntake(o.BodyTimeout)
 	h.base, h.end = context.WithCancelCause(context.Background())
 	return h
 }
@@ -104,9 +112,10 @@ func (o *Options) setDefaults() {
 	size(&o.MaxBody, 200<<10)
 	size(&o.MaxFile, 1<<20)
 	count(&o.MaxFrames, 1<<16)
-	count(&o.MaxConversations, 256)
-	after(&o.BodyTimeout, 30*time.Second)
-	after(&o.HelloTimeout, 30*time.Second)
+	count(&o.MaxConversations, 4096)
+	count(&o.MaxCommands, 256)
+	after(&o.BodyTimeout, 20*time.Second)
+	after(&o.HelloTimeout, 20*time.Second)
 	after(&o.WriteTimeout, time.Minute)
 	after(&o.IdleTimeout, 30*time.Minute)
 	after(&o.SettleTimeout, 2*time.Second)
@@ -199,11 +208,10 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	defer h.leave()
 	rc := http.NewResponseController(w)
-	// Not every writer has deadlines; one without is bounded by its server.
-	_ = rc.SetReadDeadline(time.Now().Add(h.o.BodyTimeout))
-	body, err := io.ReadAll(io.LimitReader(r.Body, h.o.MaxBody+1))
-	if err != nil || int64(len(body)) > h.o.MaxBody {
-		refuse(http.StatusBadRequest)
+	body, release, status, err := h.intake.Read(w, r, h.o.MaxBody)
+	defer release()
+	if err != nil {
+		refuse(status)
 		return
 	}
 	nc, rw, err := rc.Hijack()
@@ -213,13 +221,15 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	defer nc.Close()
 	local := h.o.Local != nil && h.o.Local(r)
-	h.converse(nc, rw.Reader, client{addr: r.RemoteAddr, local: local}, string(body))
+	who := client{addr: r.RemoteAddr, local: local, proven: func() { session.Proven(r.Context()) }}
+	h.converse(nc, rw.Reader, who, string(body))
 }
 
 // client is who sent a command line.
 type client struct {
-	addr  string
-	local bool
+	addr   string
+	local  bool
+	proven func() // says that the client has logged in
 }
 
 // converse speaks the protocol on a hijacked connection until it is closed.
@@ -240,10 +250,6 @@ func (h *Handler) converse(nc net.Conn, r *bufio.Reader, who client, body string
 		return
 	}
 	nc.SetDeadline(time.Time{})
-	if t, ok := nc.(*net.TCPConn); ok {
-		// A host that vanished is only noticed by probing it.
-		_ = t.SetKeepAlive(true)
-	}
 	ctx, gone := context.WithCancelCause(context.WithValue(h.base, addressKey{}, who.addr))
 	defer gone(nil)
 	c := newConn(nc, r, &h.o, gone)

@@ -160,7 +160,7 @@ func TestBodies(t *testing.T) {
 		{"too large", "POST /cli HTTP/1.0\r\ncontent-length: 204801\r\n\r\n", "413"},
 		{"as large as allowed", post("host-list\n--minimal\n"+login+"\nx="+strings.Repeat("y", 200<<10-len("host-list\n--minimal\n"+login+"\nx="))) + opening, "Unknown field 'x'"},
 		{"without a length", "POST /cli HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", "411"},
-		{"that never comes", "POST /cli HTTP/1.0\r\ncontent-length: 10\r\n\r\nhost", "400"},
+		{"that never comes", "POST /cli HTTP/1.0\r\ncontent-length: 10\r\n\r\nhost", "408"},
 		{"empty", post("") + opening, "the command name is missing"},
 	}
 	for _, c := range cases {

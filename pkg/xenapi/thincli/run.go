@@ -90,6 +90,12 @@ func (r *run) perform() error {
 	if err := r.login(); err != nil {
 		return err
 	}
+	select {
+	case r.h.busy <- struct{}{}:
+		defer func() { <-r.h.busy }()
+	default:
+		return refusef("Too many commands are running: try again later")
+	}
 	if cmd.notice != nil {
 		if err := r.conn.stderr(cmd.notice(r)); err != nil {
 			return err
@@ -116,6 +122,7 @@ func (r *run) login() (err error) {
 	if err != nil {
 		return err
 	}
+	r.who.proven()
 	r.logout = func() {
 		ctx, cancel := r.cleanup()
 		defer cancel()
