@@ -71,7 +71,7 @@ func Build(ctx context.Context, o BuildOptions) (Built, error) {
 		return Built{}, err
 	}
 	if _, err := os.Lstat(o.Out); err == nil && !o.Overwrite {
-		return Built{}, fmt.Errorf("%s exists already", o.Out)
+		return Built{}, fmt.Errorf("%s exists already (--force overwrites it)", o.Out)
 	}
 	out, err := os.CreateTemp(filepath.Dir(o.Out), ".patch-*")
 	if err != nil {

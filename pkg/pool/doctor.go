@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/dustin/go-humanize"
+
 	"github.com/patchd/patchd/pkg/sr"
 	"github.com/patchd/patchd/pkg/store"
 	"github.com/patchd/patchd/pkg/xapi"
@@ -146,9 +148,9 @@ func (p *Pool) examineSR(ctx context.Context, ref xapi.Ref, about Finding) ([]Fi
 		about.Check, about.OK, about.Text = check, ok, fmt.Sprintf(format, args...)
 		return about
 	}
-	out := []Finding{say("room", stat.Free >= lowRoom, "plugged; %d MiB may still be written", stat.Free>>20)}
+	out := []Finding{say("room", stat.Free >= lowRoom, "plugged; %s may still be written", bytesText(stat.Free))}
 	if stat.Free < lowRoom {
-		out[0] = say("room", false, "only %d MiB may still be written: remove disk images there (`patchd vdi list`), or set another default SR", stat.Free>>20)
+		out[0] = say("room", false, "only %s may still be written: remove disk images there (`patchd vdi list`), or set another default SR", bytesText(stat.Free))
 	}
 	orphans, dead, foreign := p.sortVolumes(before, volumes)
 	if len(orphans) > 0 {
@@ -160,14 +162,12 @@ func (p *Pool) examineSR(ctx context.Context, ref xapi.Ref, about Finding) ([]Fi
 	if len(foreign) > 0 {
 		out = append(out, say("working data of other hosts or pools", false, "%s: left alone; remove it by hand if that host is gone for good", someOf(foreign, len(foreign))))
 	}
-	if i, ok := repo.(sr.Inspector); ok {
-		names, total, err := i.Strangers(ctx, maxNames)
-		if err != nil {
-			return nil, err
-		}
-		if total > 0 {
-			out = append(out, say("foreign files", false, "%s: not patchd's, left alone; they take up room of the SR", someOf(names, total)))
-		}
+	names, total, err := sr.Strangers(ctx, repo, maxNames)
+	if err != nil {
+		return nil, err
+	}
+	if total > 0 {
+		out = append(out, say("foreign files", false, "%s: not patchd's, left alone; they take up room of the SR", someOf(names, total)))
 	}
 	return out, nil
 }
@@ -191,6 +191,8 @@ func (p *Pool) sortVolumes(before known, volumes []sr.Volume) (orphans, dead, fo
 	}
 	return orphans, dead, foreign
 }
+
+func bytesText(n int64) string { return humanize.IBytes(uint64(max(n, 0))) }
 
 // someOf names a few of total things.
 func someOf(names []string, total int) string {

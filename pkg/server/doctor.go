@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"os"
 
+	"github.com/dustin/go-humanize"
+
 	"github.com/patchd/patchd/pkg/patch"
 	"github.com/patchd/patchd/pkg/pool"
 )
@@ -48,6 +50,8 @@ func (s *Server) examineKeys() pool.Finding {
 	return f
 }
 
+func bytesText(n int64) string { return humanize.IBytes(uint64(max(n, 0))) }
+
 // examineRoom looks at the filesystem of the state directory, which must never
 // be full: the pool database ends the process then.
 func (s *Server) examineRoom() (pool.Finding, error) {
@@ -60,11 +64,11 @@ func (s *Server) examineRoom() (pool.Finding, error) {
 	_, reserve := os.Stat(s.state.path("reserve"))
 	switch {
 	case space.Free < keep:
-		f.Text = fmt.Sprintf("only %d MiB are free on the filesystem of %s, and uploads stop at %d: make room there", space.Free>>20, s.config.StateDir, keep>>20)
+		f.Text = fmt.Sprintf("only %s are free on the filesystem of %s, and uploads stop at %s: make room there", bytesText(space.Free), s.config.StateDir, bytesText(keep))
 	case os.IsNotExist(reserve) && space.Free < 4*reserveSize:
 		f.Text = fmt.Sprintf("the reserve in %s is used up: make room there and start patchd again", s.config.StateDir)
 	default:
-		f.OK, f.Text = true, fmt.Sprintf("%d MiB are free on the filesystem of %s", space.Free>>20, s.config.StateDir)
+		f.OK, f.Text = true, fmt.Sprintf("%s are free on the filesystem of %s", bytesText(space.Free), s.config.StateDir)
 	}
 	return f, nil
 }
