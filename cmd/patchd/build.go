@@ -155,15 +155,18 @@ func (g *global) printReport(r patch.Report, keys string) error {
 	} else {
 		rows := [][]string{{"file", r.Path}, {"size", bytesText(fmt.Sprint(r.Size))}, {"kind", string(r.Kind)}}
 		if r.Accepted {
-			rows = append(rows, []string{"signed by", r.Signature.Signer + " " + r.Signature.UserID}, []string{"signed at", r.Signature.Created.String()})
+			rows = append(rows, []string{"signed by", r.Signature.Signer + " " + r.Signature.UserID}, []string{"signed at", r.Signature.Created.UTC().Format("2006-01-02 15:04:05Z")})
 		}
-		if len(r.Claimed) > 0 {
+		if len(r.Claimed) > 0 && !r.Accepted {
 			rows = append(rows, []string{"claims to be signed by", strings.Join(r.Claimed, ", ")})
 		}
-		rows = append(rows, []string{"SHA-256 of the payload", r.Digest}, []string{"trusted keys", keys})
+		if r.Digest != "" {
+			rows = append(rows, []string{"SHA-256 of the payload", r.Digest})
+		}
+		rows = append(rows, []string{"trusted keys", keys})
 		if r.Info != nil {
 			rows = append(rows, []string{"uuid", string(r.Info.UUID)}, []string{"name", r.Info.NameLabel},
-				[]string{"version", r.Info.Version}, []string{"description", r.Info.NameDescription}, []string{"guidance", fmt.Sprint(r.Info.Guidance)})
+				[]string{"version", r.Info.Version}, []string{"description", r.Info.NameDescription}, []string{"guidance", strings.Trim(fmt.Sprint(r.Info.Guidance), "[]")})
 		}
 		if r.InfoProblem != "" {
 			rows = append(rows, []string{"info", r.InfoProblem})

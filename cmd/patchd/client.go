@@ -353,9 +353,9 @@ func (c *client) find(ctx context.Context, class, text string) (string, record, 
 	case 1:
 		return refs[0], all[refs[0]], nil
 	case 0:
-		return "", nil, fmt.Errorf("there is no %s with the uuid or name %q; `patchd %s list` shows them", class, text, groupOf(class))
+		return "", nil, fmt.Errorf("there is no %s with the uuid or name %q; `patchd %[1]s list` shows them", groupOf(class), text)
 	}
-	return "", nil, fmt.Errorf("%d objects of class %s are called %q: use the uuid", len(refs), class, text)
+	return "", nil, fmt.Errorf("%d objects of `patchd %s list` are called %q: use the uuid", len(refs), groupOf(class), text)
 }
 
 // groupOf is the command group that lists a class.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"slices"
 
@@ -50,7 +51,10 @@ func objectCommand(g *global, class, use, short string, f func(ctx context.Conte
 				if err != nil {
 					return err
 				}
-				return f(ctx, c, ref, rec)
+				if err := f(ctx, c, ref, rec); err != nil {
+					return fmt.Errorf("%s of %s %s (%s): %w", cmd.Name(), groupOf(class), rec.text("name_label"), rec.text("uuid"), explain(ctx, c, err))
+				}
+				return nil
 			})
 		},
 	}

@@ -9,39 +9,65 @@ import (
 	"github.com/patchd/patchd/pkg/xapi"
 )
 
-// cures says, for each code an admin is likely to meet, what it means and what
-// helps. %1, %2, … are the parameters, with refs replaced by name and uuid.
-var cures = map[string]string{
-	xapi.SessionAuthenticationFailed: "user name or password is wrong (user %1)",
-	xapi.RBACPermissionDenied:        "your role does not allow this (%1): ask a pool-admin",
-	xapi.DefaultSRNotFound:           "no storage repository can take the patch: %2. Set one with `patchd sr set-default`, or name one with --sr",
-	xapi.OutOfSpace:                  "there is not enough room on %1: make room there, or name another SR with --sr",
-	xapi.InvalidPatch:                "the file is not a patch that this pool accepts: its signature does not hold, the key is not trusted, or its `info` makes no sense. %1 `patchd patch verify FILE` tells more; `patchd key list` shows the trusted keys",
-	xapi.InvalidPatchWithLog:         "the patch could not be asked who it is: %1",
-	xapi.PatchAlreadyExists:          "the pool has the patch %1 already; `patchd patch list` shows it",
-	xapi.PatchAlreadyApplied:         "patch %1 is applied to this host already",
-	xapi.PatchIsApplied:              "the patch is applied to a host, or being applied: it cannot be destroyed; free its room with `patchd vdi destroy`",
-	xapi.CannotFindPatch:             "the patch has neither a VDI nor a file any more: upload it again",
-	xapi.CannotFetchPatch:            "the host could not fetch patch %1 from the coordinator",
-	xapi.PatchApplyFailed:            "the patch failed; it printed:\n%1",
-	xapi.OtherOperationInProgress:    "something else is going on with %2: %3. Wait for it; `patchd task list` shows it",
-	xapi.PrecheckFailedOutOfSpace:    "precheck of %1: %2 bytes are free on the storage repository, %3 are needed",
-	xapi.PrecheckFailedPrerequisite:  "precheck of %1: these patches must be applied first: %2",
-	xapi.PrecheckFailedWrongVersion:  "precheck of %1: the host has version %2, the patch needs %3",
-	xapi.PrecheckFailedWrongBuild:    "precheck of %1: the host has build %2, the patch needs %3",
-	xapi.PrecheckFailedVMRunning:     "precheck of %1: virtual machines run on the host; shut them down or move them",
-	xapi.PrecheckFailedUnknownError:  "precheck of %1 failed: %2",
-	xapi.PrecheckFailedISOMounted:    "precheck of %1: an ISO is mounted: %2; eject it",
-	xapi.VDIInUse:                    "the disk image %1 is in use (%2): wait until it is not",
-	xapi.VDIContentChanged:           "the image of patch %1 is not what was uploaded: %2. Destroy its VDI and upload the patch again",
-	xapi.SRNotEmpty:                  "the storage repository still holds disk images: destroy them first",
-	xapi.SRHasPBD:                    "the storage repository %1 is still plugged: unplug it first",
-	xapi.SRNotAttached:               "the storage repository %1 is not plugged on this host",
-	xapi.HostCannotSeeSR:             "host %1 does not reach the storage repository %2 that holds the patch",
-	xapi.TaskCancelled:               "the task was cancelled",
-	xapi.HostIsSlave:                 "this host is not the coordinator: talk to %1",
-	xapi.HandleInvalid:               "there is no %1 %2 any more",
-	xapi.UUIDInvalid:                 "there is no %1 with the uuid %2",
+// trouble is a refusal of the pool for people.
+type trouble struct {
+	code, meaning, cure string
+}
+
+// troubles says, for each code an admin is likely to meet, what it means and
+// what helps. %1, %2, … are the parameters, with refs replaced by name and
+// uuid. The same table stands in docs/operations.md.
+var troubles = []trouble{
+	{xapi.SessionAuthenticationFailed, "user name or password is wrong (user %1)", "`patchd user passwd NAME` over the socket of the host gives a new one"},
+	{xapi.SessionInvalid, "the session has ended", "log in again"},
+	{xapi.RBACPermissionDenied, "the role of this user does not allow %1", "ask a pool-admin, or have the role changed"},
+	{xapi.ChangePasswordRejected, "the new password is refused: %1", "choose another"},
+	{xapi.HostIsSlave, "this host is not the coordinator", "talk to %1"},
+	{xapi.HostStillBooting, "patchd is starting, and repairs what an earlier process left", "try again in a moment"},
+	{xapi.DefaultSRNotFound, "no storage repository can take the patch: %2", "set one with `patchd sr set-default SR`, or name one with --sr"},
+	{xapi.OutOfSpace, "there is not enough room on %1", "make room there, or name another SR with --sr"},
+	{xapi.InvalidPatch, "the file is not a patch that this pool accepts: its signature does not hold, its key is not trusted, or its `info` makes no sense. %1", "`patchd patch verify FILE` tells more, `patchd key list` shows the trusted keys"},
+	{xapi.InvalidPatchWithLog, "the patch could not be asked who it is: %1", "the one who wrote it must build it again"},
+	{xapi.PatchAlreadyExists, "the pool has the patch %1 already", "`patchd patch show` shows it"},
+	{xapi.PatchAlreadyApplied, "the host has the patch already", "nothing is to be done"},
+	{xapi.PatchIsApplied, "a host has the patch, or is getting it: its record stays", "`patchd vdi destroy` frees the room it takes"},
+	{xapi.CannotFindPatch, "the patch has neither a disk image nor a file any more", "upload it again"},
+	{xapi.CannotFetchPatch, "the host could not fetch the patch %1 from the coordinator", "upload it into a VDI, or see in the log of the host why"},
+	{xapi.HostCannotSeeSR, "the host %1 does not reach the storage repository %2 that holds the patch", "plug the SR there (`xe pbd-plug`), or copy the VDI to one that is (`patchd vdi copy`)"},
+	{xapi.PatchApplyFailed, "the patch itself failed", "what it did until then stays done, and it may be applied again. It printed:\n%1"},
+	{xapi.PatchApplyFailedBackupFiles, "files of an earlier run of the patch are in the way: %1", "look at them, remove them and apply again"},
+	{xapi.PrecheckFailedUnknownError, "the precheck of %1 refuses: %2", ""},
+	{xapi.PrecheckFailedPrerequisite, "before %1 other patches must be applied: %2", "apply them first"},
+	{xapi.PrecheckFailedConflictPresent, "%1 does not go with patches that are applied: %2", "it cannot be applied to this host"},
+	{xapi.PrecheckFailedWrongVersion, "%1 is for another version: the host has %2, it needs %3", "get the patch for this version"},
+	{xapi.PrecheckFailedWrongBuild, "%1 is for another build: the host has %2, it needs %3", "get the patch for this build"},
+	{xapi.PrecheckFailedGPGKeyNotImported, "%1 needs a key that the host has not imported", "import the key it names"},
+	{xapi.PrecheckFailedOutOfSpace, "%1 needs %3 bytes, and %2 are free", "make room on the filesystem it names"},
+	{xapi.PrecheckFailedVMRunning, "virtual machines run on the host, and %1 needs it empty", "shut them down or move them"},
+	{xapi.PrecheckFailedISOMounted, "%1 cannot go on while an ISO is mounted: %2", "eject it"},
+	{xapi.OtherOperationInProgress, "something else is going on with %1 %2: %3", "wait for it (`patchd task list`)"},
+	{xapi.OperationNotAllowed, "that is not possible now: %1", ""},
+	{xapi.VDIInUse, "the disk image %1 is in use: %2", "wait until it is not"},
+	{xapi.VDINotAvailable, "the image of %1 is not where it should be", "`patchd sr scan` compares records and files, `patchd doctor` tells what is missing"},
+	{xapi.VDIContentChanged, "the image of patch %1 is not what was uploaded: %2", "destroy its VDI and upload the patch again"},
+	{xapi.VDIReadonly, "the disk image %1 is read-only", "work on a copy"},
+	{xapi.VDITooSmall, "the disk image %1 is too small: %2", "give a larger size"},
+	{xapi.SRNotEmpty, "the storage repository still holds disk images", "destroy them first (`patchd vdi list`)"},
+	{xapi.SRHasPBD, "the storage repository %1 is still linked to a host", "unplug it first (`xe pbd-unplug`)"},
+	{xapi.SRHasNoPBDs, "no host is linked to the storage repository %1", "link one (`xe pbd-create`)"},
+	{xapi.SRNotAttached, "the storage repository %1 is not plugged on this host", "`patchd doctor` tells why"},
+	{xapi.SRDeviceInUse, "the place is taken: it is not empty, or belongs to another SR", "name another folder, or `xe sr-introduce` the SR that is there"},
+	{xapi.SRUnknownDriver, "there is no storage of type %1", "`xe sm-list` shows the types"},
+	{xapi.SROperationNotSupported, "storage of this kind cannot do that (%1)", "copy instead of clone"},
+	{xapi.SRBackendFailure, "the storage failed: %1 %2 %3", "the log of the host has the cause"},
+	{xapi.ValueNotSupported, "%1 cannot be %2: %3", ""},
+	{xapi.InvalidValue, "%1 cannot be %2", "correct it"},
+	{xapi.UUIDInvalid, "there is no %1 with the uuid %2", "the list command of that class shows what there is"},
+	{xapi.HandleInvalid, "there is no %1 %2 any more", "somebody else has removed it"},
+	{xapi.TaskCancelled, "the task was cancelled", "nothing of it is left"},
+	{xapi.HostOffline, "the host %1 does not answer", "see whether its patchd runs"},
+	{xapi.MessageTooLarge, "the request is larger than the server takes", "send less at once"},
+	{xapi.InternalError, "patchd itself failed: %1", "the log of the host has the cause; please report it"},
 }
 
 // explained is a failure of the pool in words, with its code.
@@ -67,18 +93,37 @@ func explain(ctx context.Context, c *client, err error) error {
 	for i, p := range e.Params {
 		params[i] = nameRef(ctx, c, p)
 	}
-	text, ok := cures[e.Code]
-	if !ok {
-		return &explained{strings.TrimSpace(e.Code + " " + strings.Join(params, "; ")), e}
+	text := strings.Join(params, "; ")
+	for _, t := range troubles {
+		if t.code == e.Code {
+			text = fill(t.meaning, params)
+			if t.cure != "" {
+				text += ": " + fill(t.cure, params)
+			}
+		}
 	}
-	for i := 9; i > 0; i-- {
+	if text == "" {
+		text = "refused"
+	}
+	// What stood before the code in err, such as "upload of x:", stays.
+	before, _, _ := strings.Cut(err.Error(), e.Error())
+	return &explained{before + text, e}
+}
+
+// fill puts parameters into a text and drops what is left of those that are
+// missing.
+func fill(text string, params []string) string {
+	for i := 4; i > 0; i-- {
 		value := ""
 		if i <= len(params) {
-			value = params[i-1]
+			value = strings.TrimSpace(params[i-1])
 		}
 		text = strings.ReplaceAll(text, fmt.Sprintf("%%%d", i), value)
 	}
-	return &explained{strings.TrimSpace(strings.ReplaceAll(text, "  ", " ")), e}
+	for _, gap := range [][2]string{{"  ", " "}, {" ()", ""}, {" :", ":"}} {
+		text = strings.ReplaceAll(text, gap[0], gap[1])
+	}
+	return strings.TrimRight(text, " :.")
 }
 
 // nameRef turns a ref into "name (uuid)" where the object still exists.

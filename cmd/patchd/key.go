@@ -59,8 +59,12 @@ func newKeyTrust(g *global) *cobra.Command {
 			if err := os.MkdirAll(keysDir(g), 0o755); err != nil {
 				return err
 			}
-			if err := writeKey(filepath.Join(keysDir(g), keys[0].Fingerprint+".gpg"), b); err != nil {
+			name := keys[0].Fingerprint + ".gpg"
+			if err := writeKey(filepath.Join(keysDir(g), name), b); err != nil {
 				return err
+			}
+			for i := range keys {
+				keys[i].File = name
 			}
 			return g.printKeys(keys)
 		},

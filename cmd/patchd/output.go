@@ -63,6 +63,9 @@ func (g *global) printRecords(w io.Writer, all map[string]record, columns []colu
 	}
 	sort.Slice(refs, func(i, j int) bool {
 		a, b := all[refs[i]], all[refs[j]]
+		if x, y := a.text("created"), b.text("created"); x != y {
+			return x < y // tasks, oldest first
+		}
 		if x, y := a.text("name_label"), b.text("name_label"); x != y {
 			return x < y
 		}

@@ -270,6 +270,9 @@ func newPatchPrecheck(g *global) *cobra.Command {
 		if err != nil {
 			return err
 		}
+		if !g.json() && strings.TrimSpace(text) == "" {
+			text = "the precheck agrees: the patch can be applied"
+		}
 		return g.printText("output", text)
 	})
 }

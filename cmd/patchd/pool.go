@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"github.com/spf13/cobra"
 )
@@ -62,7 +61,10 @@ func (n *named) String() string {
 	if n == nil {
 		return "none"
 	}
-	return strings.TrimSpace(fmt.Sprintf("%s (%s)", n.NameLabel, n.UUID))
+	if n.NameLabel == "" {
+		return n.UUID
+	}
+	return fmt.Sprintf("%s (%s)", n.NameLabel, n.UUID)
 }
 
 // status is the pool in a few figures.

@@ -123,7 +123,7 @@ func newSRCreate(g *global) *cobra.Command {
 // destroySR unplugs and destroys.
 func (g *global) destroySR(ctx context.Context, c *client, ref string, rec record) error {
 	if images, _ := rec["VDIs"].([]any); len(images) > 0 {
-		return fmt.Errorf("SR %s (%s) holds %d disk images: destroy them first (`patchd vdi list`)", rec.text("name_label"), rec.text("uuid"), len(images))
+		return fmt.Errorf("it holds %d disk images: destroy them first (`patchd vdi list`)", len(images))
 	}
 	pbds, _ := rec["PBDs"].([]any)
 	for _, p := range pbds {
