@@ -29,7 +29,8 @@ func clientPatches(t testing.TB, names ...string) map[string]clientPatch {
 	t.Helper()
 	dir, out := t.TempDir(), map[string]clientPatch{}
 	for _, name := range names {
-		p := lab.Patch{Label: "client " + name, Precheck: `echo 'checked <ok> & "fine"'`, Apply: "echo applied " + name, Pad: 20000}
+		p := lab.Patch{Label: "client " + name, Precheck: `echo 'checked <ok> & "fine"'`, Apply: "echo applied " + name,
+			Guidance: "restartHVM restartXAPI", Pad: 20000}
 		if name == "slow" {
 			p.Apply = "sleep 300"
 		}
