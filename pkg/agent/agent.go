@@ -226,11 +226,26 @@ func (a *Agent) recoverEntry(ctx context.Context, entry Entry) error {
 	}
 	if alive {
 		a.Log.WithField("job", entry.uuid()).Info("a runner is still at work: following it")
-		a.start(ctx, entry.uuid(), func(e *execution) { e.follow(entry) })
+		gate := a.gate(entry.Assignment.Job.Kind)
+		select {
+		case gate <- struct{}{}: // others wait for it, as they did before the restart
+		default:
+			gate = nil
+		}
+		a.start(ctx, entry.uuid(), func(e *execution) {
+			e.gate = gate
+			defer e.yield()
+			e.follow(entry)
+		})
 		return nil
 	}
 	e := &execution{agent: a, id: entry.uuid(), ctx: ctx, stop: ctx, cancel: func(error) {}}
-	return e.settle(entry)
+	if err = e.settle(entry); err != nil {
+		a.start(ctx, entry.uuid(), func(e *execution) {
+			e.conclude(func() error { return e.settle(entry) })
+		})
+	}
+	return err
 }
 
 // recoverUnjournaled sees to a job for which this host did nothing yet.
@@ -238,12 +253,17 @@ func (a *Agent) recoverUnjournaled(ctx context.Context, j pool.Assignment) error
 	if j.Job.Resumes && j.Job.State == pool.JobQueued {
 		return nil
 	}
-	return a.Coordinator.JobFinish(ctx, j.Ref, pool.Outcome{Err: interrupted(j.Job)})
+	return a.Coordinator.JobFinish(ctx, j.Ref, pool.Outcome{Err: interrupted(j.Job, "")})
 }
 
-func interrupted(j pool.Job) *xapi.Error {
-	return xapi.NewError(xapi.InternalError,
-		"the "+string(j.Kind)+" was interrupted by a restart of patchd before it began; ask for it again")
+// interrupted is the failure of a job of which nothing has changed the host.
+// said is what its runner said last.
+func interrupted(j pool.Job, said string) *xapi.Error {
+	text := "the " + string(j.Kind) + " was interrupted before it changed anything: patchd, or the process that ran it, was ended; ask for it again"
+	if said != "" {
+		text += ". Last words: " + said
+	}
+	return xapi.NewError(xapi.InternalError, text)
 }
 
 // killStrangers ends control groups of jobs that no journal knows: their

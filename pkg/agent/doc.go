@@ -14,13 +14,15 @@
 //	output       what the patch prints, capped
 //	progress     the last progress line
 //	result.json  how it ended; written by the runner as its last act
+//	runner.log   what the runner itself says
 //	mnt          where the runner mounts the clone, in its own mount namespace
 //
 // # How a job ends
 //
 // Settle is one function for the end of a run and for the start after a crash:
 // a stampfile says applied; a result file says that result; a living runner is
-// followed; `begun` and neither is unknown; everything else never began.
+// followed; `begun` and neither is unknown; everything else never began. What
+// fails on the way is tried again, by this process and by the next.
 //
 // # The runner
 //

@@ -25,6 +25,10 @@ type execution struct {
 	ctx    context.Context // ends when the job is cancelled or the agent stops
 	stop   context.Context // ends when the agent stops
 	cancel context.CancelCauseFunc
+
+	gate     chan struct{} // where the job holds its turn; nil: it holds none
+	recorded bool          // the outcome is in the records
+	reported bool          // that it could not be cleaned up was told
 }
 
 // stopping tells whether the daemon is going down: then jobs that run are left
@@ -35,83 +39,47 @@ func (e *execution) stopping() bool { return e.stop.Err() != nil }
 func (e *execution) work(j pool.Assignment) {
 	a := e.agent
 	log := a.Log.WithField("job", e.id).WithField("patch", j.Patch.UUID).WithField("kind", j.Job.Kind)
-	if err := e.turn(j.Job.Kind); err != nil {
-		e.finishUnbegun(j, err)
-		return
-	}
-	defer e.yield(j.Job.Kind)
-	if j.Job.Cancel {
-		e.finishUnbegun(j, xapi.NewError(xapi.TaskCancelled, string(j.Job.Task.OrNull())))
-		return
-	}
 	entry := Entry{Assignment: j, Created: a.Now()}
-	if err := e.launch(&entry); err != nil {
-		log.WithError(err).Warn("the job could not be started")
-		e.undo(entry, err)
-		return
+	err := e.turn(j.Job.Kind)
+	defer e.yield()
+	if err == nil && j.Job.Cancel {
+		err = xapi.NewError(xapi.TaskCancelled, string(j.Job.Task.OrNull()))
 	}
-	e.follow(entry)
-}
-
-// undo ends a job that could not be started and removes what was made for it.
-func (e *execution) undo(entry Entry, err error) {
-	a := e.agent
-	if a.journal.begun(e.id) { // the runner had come that far before its start failed
-		if serr := e.settle(entry); serr != nil {
-			a.Log.WithError(serr).WithField("job", e.id).Error("the job could not be settled; the next start tries again")
+	if err == nil {
+		if err = e.launch(&entry); err == nil {
+			e.follow(entry)
+			return
 		}
-		return
+		log.WithError(err).Warn("the job could not be started")
 	}
-	cleanup := e.clean(entry)
-	if cleanup != nil {
-		e.reportCleanup(entry, cleanup)
-	}
-	if recorded := e.finishUnbegun(entry.Assignment, err); !recorded || cleanup != nil {
-		return // the journal keeps it for the next start
-	}
-	if err := a.journal.end(e.id); err != nil {
-		a.Log.WithError(err).WithField("job", e.id).Error("the journal of an ended job could not be removed; the next start tries again")
-	}
+	e.conclude(func() error { return e.undo(entry, err) })
 }
 
 // turn waits until this host may run one more job of that kind.
 func (e *execution) turn(k pool.JobKind) error {
+	gate := e.agent.gate(k)
 	select {
-	case e.gate(k) <- struct{}{}:
+	case gate <- struct{}{}:
+		e.gate = gate
 		return nil
 	case <-e.ctx.Done():
 		return context.Cause(e.ctx)
 	}
 }
 
-func (e *execution) yield(k pool.JobKind) { <-e.gate(k) }
+// yield lets the next job have its turn.
+func (e *execution) yield() {
+	if e.gate != nil {
+		<-e.gate
+		e.gate = nil
+	}
+}
 
-func (e *execution) gate(k pool.JobKind) chan struct{} {
+func (a *Agent) gate(k pool.JobKind) chan struct{} {
 	if k == pool.JobApply {
-		return e.agent.applying
+		return a.applying
 	}
-	return e.agent.prechecks
-}
-
-// finishUnbegun reports a job of which nothing has run. A daemon that goes
-// down leaves it as it is: the next start resumes or ends it.
-func (e *execution) finishUnbegun(j pool.Assignment, err error) (recorded bool) {
-	if e.stopping() {
-		return false
-	}
-	if cause := context.Cause(e.ctx); cause != nil && xapi.Is(cause, xapi.TaskCancelled) {
-		err = cause
-	}
-	return e.finish(j, pool.Outcome{Err: xapi.AsError(err)}) == nil
-}
-
-func (e *execution) finish(j pool.Assignment, o pool.Outcome) error {
-	ctx := context.WithoutCancel(e.stop)
-	err := e.agent.Coordinator.JobFinish(ctx, j.Ref, o)
-	if err != nil {
-		e.agent.Log.WithError(err).WithField("job", e.id).Error("the end of the job could not be recorded; the journal keeps it")
-	}
-	return err
+	return a.prechecks
 }
 
 // launch journals the job, makes its private image, claims it and starts the
@@ -234,7 +202,7 @@ func (e *execution) spawn() error {
 	if err := fault.Point("agent.spawn"); err != nil {
 		return err
 	}
-	log, err := os.OpenFile(a.journal.path(e.id, "runner.log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	log, err := os.OpenFile(a.journal.path(e.id, fileLog), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return err
 	}
@@ -270,11 +238,10 @@ const reportEvery = time.Second
 // follow waits for the runner to end, shows how it gets on, ends it when the
 // job is cancelled, and settles the job.
 func (e *execution) follow(entry Entry) {
-	a := e.agent
 	ended := make(chan error, 1)
 	wait, stopWait := context.WithCancel(context.WithoutCancel(e.stop))
 	defer stopWait()
-	go func() { ended <- a.Dom0.WaitEmpty(wait, runnerGroup(e.id)) }()
+	go func() { ended <- e.waitRunner(wait) }()
 	tick := time.NewTicker(reportEvery)
 	defer tick.Stop()
 	cancelled := e.ctx.Done()
@@ -282,13 +249,8 @@ func (e *execution) follow(entry Entry) {
 	defer killing.Wait()
 	for {
 		select {
-		case err := <-ended:
-			if err == nil {
-				err = e.settle(entry)
-			}
-			if err != nil {
-				a.Log.WithError(err).WithField("job", e.id).Error("the job could not be settled; the next start tries again")
-			}
+		case <-ended:
+			e.conclude(func() error { return e.settle(entry) })
 			return
 		case <-tick.C:
 			e.report(entry)
@@ -300,6 +262,20 @@ func (e *execution) follow(entry Entry) {
 			}
 			cancelled = nil
 			killing.Go(e.kill)
+		}
+	}
+}
+
+// waitRunner waits until the runner is gone; only the end of ctx is an error.
+func (e *execution) waitRunner(ctx context.Context) error {
+	for {
+		err := e.agent.Dom0.WaitEmpty(ctx, runnerGroup(e.id))
+		if err == nil || ctx.Err() != nil {
+			return err
+		}
+		e.agent.Log.WithError(err).WithField("job", e.id).Error("the runner cannot be watched; it is tried again")
+		if !pause(ctx, firstRetry) {
+			return context.Cause(ctx)
 		}
 	}
 }
@@ -343,130 +319,4 @@ func tailOf(path string, n int64) string {
 	b := make([]byte, min(n, st.Size()))
 	got, _ := f.ReadAt(b, max(0, st.Size()-n))
 	return cleanText(b[:got])
-}
-
-// settle ends a job whose runner is gone, after a normal end as after a crash.
-func (e *execution) settle(entry Entry) error {
-	a, j := e.agent, entry.Assignment
-	ctx := context.WithoutCancel(e.stop)
-	defer a.checks.forget(e.id)
-	if err := a.Dom0.Kill(ctx, patchGroup(e.id), a.Timeouts.Grace); err != nil {
-		return err
-	}
-	outcome, again, err := e.outcome(entry)
-	if err != nil {
-		return err
-	}
-	if outcome.Err == nil && j.Job.Kind == pool.JobApply && !again {
-		if err := writeStamp(a.PatchDir, j.Patch.UUID, j.Patch.InfoXML); err != nil {
-			return fmt.Errorf("write the stampfile of patch %s: %w", j.Patch.UUID, err)
-		}
-	}
-	cleanup := e.clean(entry)
-	if again && cleanup == nil {
-		if cleanup = a.journal.end(e.id); cleanup == nil {
-			return a.Coordinator.JobRequeue(ctx, j.Ref)
-		}
-	}
-	if again {
-		outcome.Err = interrupted(j.Job)
-	}
-	if err := e.finish(j, outcome); err != nil {
-		return err
-	}
-	if cleanup != nil {
-		e.reportCleanup(entry, cleanup)
-		return nil
-	}
-	if outcome.Unknown {
-		e.reportUnknown(entry)
-	}
-	if j.Job.Kind == pool.JobApply && outcome.Err == nil {
-		return errors.Join(a.ResyncStamps(ctx), a.journal.end(e.id))
-	}
-	return a.journal.end(e.id)
-}
-
-// outcome reads from the journal how a job ended. again tells that nothing of
-// it ran and that it is to be taken once more.
-func (e *execution) outcome(entry Entry) (o pool.Outcome, again bool, err error) {
-	a, j := e.agent, entry.Assignment
-	res, ok, err := a.journal.result(e.id)
-	if err != nil {
-		return o, false, err
-	}
-	begun := a.journal.begun(e.id)
-	apply := j.Job.Kind == pool.JobApply
-	if at, stamped := stampTime(a.PatchDir, j.Patch.UUID); apply && stamped && begun && !at.Before(entry.Created) {
-		return pool.Outcome{Output: res.Output, At: at}, false, nil
-	}
-	switch {
-	case ok:
-		if res.Checked {
-			a.checks.confirm(e.id)
-		}
-		if res.Cleanup != "" {
-			a.Log.WithField("job", e.id).Error("the runner could not clean up: " + res.Cleanup)
-		}
-		return e.resultOutcome(res, j), false, nil
-	case apply && begun:
-		return pool.Outcome{Unknown: true, Err: xapi.NewError(xapi.PatchApplyFailed,
-			"the runner died while the patch was being applied, and how far it came is unknown. "+
-				"Look at the host, then say `patchd patch settle` or apply the patch again. Last output: "+
-				tailOf(a.journal.path(e.id, fileOutput), maxText))}, false, nil
-	}
-	_, job, known := a.Coordinator.JobByUUID(e.id)
-	if known && job.Resumes && job.Attempt < maxAttempts && !job.Cancel {
-		return o, true, nil
-	}
-	return pool.Outcome{Err: interrupted(j.Job)}, false, nil
-}
-
-// maxAttempts bounds how often an interrupted job is taken up again.
-const maxAttempts = 3
-
-func (e *execution) resultOutcome(res Result, j pool.Assignment) pool.Outcome {
-	o := pool.Outcome{Output: res.Output, Err: res.err(), At: res.Finished}
-	if o.Err != nil && o.Err.Code == xapi.TaskCancelled {
-		o.Err = xapi.NewError(xapi.TaskCancelled, string(j.Job.Task.OrNull()))
-	}
-	return o
-}
-
-// clean removes the private image; the journal folder stays until the outcome
-// is recorded.
-func (e *execution) clean(entry Entry) error {
-	if entry.Plan.Target.IsNull() {
-		return nil // the image lies in the journal folder and goes with it
-	}
-	attached, err := e.agent.Storage.AttachedSRs()
-	if err != nil {
-		return err
-	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(e.stop), time.Minute)
-	defer cancel()
-	for _, s := range attached {
-		if s.Ref == entry.Plan.Target {
-			return s.Repository.Destroy(ctx, entry.Work)
-		}
-	}
-	return fmt.Errorf("the SR %s that holds the job's image is not plugged", entry.Plan.Target)
-}
-
-func (e *execution) reportCleanup(entry Entry, err error) {
-	a := e.agent
-	a.Log.WithError(err).WithField("job", e.id).Error("what the job used could not be removed; the next start tries again")
-	body := fmt.Sprintf("job %s of patch %s (%s): %v", e.id, entry.Assignment.Patch.NameLabel, entry.Assignment.Patch.UUID, err)
-	if _, merr := a.Coordinator.MessageCreate(context.WithoutCancel(e.stop), pool.MessageCleanupFailed, 3, "Host", a.SelfUUID, body); merr != nil {
-		a.Log.WithError(merr).Error("no message could be left")
-	}
-}
-
-func (e *execution) reportUnknown(entry Entry) {
-	a := e.agent
-	body := fmt.Sprintf("patch %s (%s) was being applied when its runner died; see the task, then `patchd patch settle %s %s`",
-		entry.Assignment.Patch.NameLabel, entry.Assignment.Patch.UUID, entry.Assignment.Patch.UUID, a.SelfUUID)
-	if _, err := a.Coordinator.MessageCreate(context.WithoutCancel(e.stop), pool.MessageApplyUnknown, 2, "Host", a.SelfUUID, body); err != nil {
-		a.Log.WithError(err).Error("no message could be left")
-	}
 }

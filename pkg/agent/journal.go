@@ -53,6 +53,7 @@ const (
 	fileOutput   = "output"
 	fileProgress = "progress"
 	fileResult   = "result.json"
+	fileLog      = "runner.log"
 	fileImage    = "image"
 	dirMount     = "mnt"
 )
