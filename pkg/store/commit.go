@@ -133,9 +133,6 @@ func (s *Store) run(ctx context.Context, sl *slot, f func(tx *Tx) error) (int64,
 	if err != nil {
 		return tx.v.rev, err
 	}
-	if err := fault.Point("store.update.done"); err != nil {
-		return 0, err
-	}
 	s.shown(ctx, rev)
 	return rev, nil
 }
@@ -192,6 +189,9 @@ func (s *Store) attempt(sl *slot, p plan) (int64, error) {
 			return 0, err
 		}
 		if got.Succeeded {
+			if err := fault.Point("store.update.done"); err != nil {
+				return 0, fmt.Errorf("%w: %w", errLost, err) // what a failure after a commit is
+			}
 			sl.rev = got.Header.Revision
 			return sl.rev, nil
 		}
