@@ -22,6 +22,7 @@ import (
 	"time"
 
 	"github.com/spf13/pflag"
+	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
 	"github.com/patchd/patchd/pkg/server"
@@ -85,11 +86,11 @@ func (g *global) connect(ctx context.Context) (*client, error) {
 	if err != nil || (u.Scheme != "https" && u.Scheme != "http") || u.Host == "" {
 		return nil, usagef("--server: %q is not an http or https URL", g.server)
 	}
-	password, err := g.password(ctx)
+	tlsConfig, err := g.tls()
 	if err != nil {
 		return nil, err
 	}
-	tlsConfig, err := g.tls()
+	password, err := g.password(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -164,14 +165,20 @@ func (g *global) password(ctx context.Context) (string, error) {
 
 // askPassword reads a password from the terminal without showing it. When the
 // command is interrupted the terminal shows again what is typed.
-func askPassword(ctx context.Context, prompt string) (string, error) {
+func askPassword(ctx context.Context, prompt string) (password string, err error) {
 	fd := int(os.Stdin.Fd())
 	before, err := term.GetState(fd)
 	if err != nil {
 		return "", usagef("a password is needed: use --password-file or PATCHD_PASSWORD")
 	}
+	if err := hideTyping(fd); err != nil {
+		return "", err
+	}
 	fmt.Fprint(os.Stderr, prompt)
-	defer fmt.Fprintln(os.Stderr)
+	defer func() {
+		fmt.Fprintln(os.Stderr)
+		err = errors.Join(err, term.Restore(fd, before))
+	}()
 	type answer struct {
 		text []byte
 		err  error
@@ -185,8 +192,18 @@ func askPassword(ctx context.Context, prompt string) (string, error) {
 	case a := <-typed:
 		return string(a.text), a.err
 	case <-ctx.Done():
-		return "", errors.Join(errors.New("interrupted"), term.Restore(fd, before))
+		return "", errors.New("interrupted")
 	}
+}
+
+// hideTyping makes a terminal show nothing of what is typed, before it is asked for.
+func hideTyping(fd int) error {
+	t, err := unix.IoctlGetTermios(fd, unix.TCGETS)
+	if err != nil {
+		return err
+	}
+	t.Lflag &^= unix.ECHO
+	return unix.IoctlSetTermios(fd, unix.TCSETS, t)
 }
 
 // tls checks the server by its pinned key, or else by the system's CAs.

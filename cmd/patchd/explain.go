@@ -66,6 +66,7 @@ var troubles = []trouble{
 	{xapi.HandleInvalid, "there is no %1 %2 any more", "somebody else has removed it"},
 	{xapi.TaskCancelled, "the task was cancelled", "nothing of it is left"},
 	{xapi.HostOffline, "the host %1 does not answer", "see whether its patchd runs"},
+	{xapi.DBUniquenessConstraintViolated, "%3 is taken already", "choose another name"},
 	{xapi.MessageTooLarge, "the request is larger than the server takes", "send less at once"},
 	{xapi.InternalError, "patchd itself failed: %1", "the log of the host has the cause; please report it"},
 }

@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 
 	"github.com/spf13/cobra"
 
@@ -137,7 +138,8 @@ func (c *client) upload(ctx context.Context, path, srName string) (record, error
 	}
 	b := newBar(filepath.Base(path), max(length, 0))
 	defer b.done()
-	req, err := http.NewRequestWithContext(ctx, http.MethodPut, c.base+"/pool_patch_upload?"+query.Encode(), &meter{in, b})
+	body := &meter{Reader: in, bar: b}
+	req, err := http.NewRequestWithContext(ctx, http.MethodPut, c.base+"/pool_patch_upload?"+query.Encode(), body)
 	if err != nil {
 		return nil, err
 	}
@@ -146,7 +148,10 @@ func (c *client) upload(ctx context.Context, path, srName string) (record, error
 	req.AddCookie(&http.Cookie{Name: "session_id", Value: c.session})
 	res, err := c.http.Do(req)
 	if err != nil {
-		if ctx.Err() != nil {
+		switch {
+		case ctx.Err() != nil && body.read.Load() == length:
+			return nil, errors.New("interrupted after the last byte: `patchd patch list` tells whether the patch was taken")
+		case ctx.Err() != nil:
 			return nil, errors.New("interrupted: nothing is stored")
 		}
 		return nil, unreachableError{reason(err)}
@@ -201,12 +206,14 @@ func openInput(path string) (io.ReadCloser, int64, error) {
 // meter shows in a bar what is read through it.
 type meter struct {
 	io.Reader
-	bar *bar
+	bar  *bar
+	read atomic.Int64
 }
 
 func (m *meter) Read(p []byte) (int, error) {
 	n, err := m.Reader.Read(p)
 	m.bar.add(n)
+	m.read.Add(int64(n))
 	return n, err
 }
 

@@ -136,13 +136,16 @@ func (g *global) printStatus(st status) error {
 	if g.json() {
 		return printJSON(os.Stdout, st)
 	}
-	for _, line := range [][2]string{
+	lines := [][2]string{
 		{"pool", st.Pool.String()}, {"coordinator", st.Coordinator.String()}, {"version", st.Version},
-		{"pin", st.Pin}, {"default SR", st.DefaultSR.String()},
+		{"pin of its TLS key", st.Pin}, {"default SR", st.DefaultSR.String()},
 		{"hosts", fmt.Sprint(st.Hosts)}, {"patches", fmt.Sprint(st.Patches)}, {"running tasks", fmt.Sprint(st.Running)},
 		{"unknown outcomes", fmt.Sprint(st.Unknown)}, {"messages", fmt.Sprint(st.Messages)},
-	} {
-		fmt.Printf("%-17s %s\n", line[0], line[1])
+	}
+	for _, line := range lines {
+		if line[1] != "" {
+			fmt.Printf("%-18s %s\n", line[0], line[1])
+		}
 	}
 	return nil
 }

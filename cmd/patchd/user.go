@@ -11,6 +11,9 @@ import (
 
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
+
+	"github.com/patchd/patchd/pkg/session"
+	"github.com/patchd/patchd/pkg/xapi"
 )
 
 func newUser(g *global) *cobra.Command {
@@ -41,7 +44,17 @@ func userCommand(g *global, use, short string, f func(ctx context.Context, c *cl
 	return &cobra.Command{
 		Use: use, Short: short, Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return g.with(cmd.Context(), func(ctx context.Context, c *client) error { return f(ctx, c, args[0]) })
+			return g.with(cmd.Context(), func(ctx context.Context, c *client) error {
+				err := f(ctx, c, args[0])
+				var e *xapi.Error
+				if errors.As(err, &e) && e.Code == xapi.InvalidValue && len(e.Params) == 2 && e.Params[0] == "name" && cmd.Name() != "add" {
+					return fmt.Errorf("there is no user %q; `patchd user list` shows them", args[0])
+				}
+				if err != nil {
+					return fmt.Errorf("%s of user %s: %w", cmd.Name(), args[0], explain(ctx, c, err))
+				}
+				return nil
+			})
 		},
 	}
 }
@@ -59,6 +72,12 @@ func newUserAdd(g *global) *cobra.Command {
 		return g.doneUser("added", name)
 	})
 	cmd.Flags().StringVar(&role, "role", role, "pool-admin, pool-operator or read-only")
+	cmd.PreRunE = func(*cobra.Command, []string) error {
+		if !session.Role(role).Valid() {
+			return usagef("--role: %q is neither pool-admin, pool-operator nor read-only", role)
+		}
+		return nil
+	}
 	completeWords(cmd, "role", "pool-admin", "pool-operator", "read-only")
 	return cmd
 }
