@@ -27,15 +27,15 @@ type xe struct {
 func (x *xe) run(args ...string) xetest.Result {
 	x.h.T.Helper()
 	c := xetest.Client{Dir: x.dir, TLS: &tls.Config{InsecureSkipVerify: true}}
-	base, server := x.h.URL, "127.0.0.1"
-	if x.tls { // it speaks TLS to every other name than this address
-		base, server = x.h.TLSURL, "localhost"
+	base, ssl := x.h.URL, []string{"--nossl"}
+	if x.tls {
+		base, ssl = x.h.TLSURL, nil
 	}
 	u, err := url.Parse(base)
 	if err != nil {
 		x.h.T.Fatal(err)
 	}
-	c.Args = append(args, "-s", server, "-p", u.Port(), "-u", x.user, "-pw", x.pw)
+	c.Args = append(append(args, "-s", x.h.IP, "-p", u.Port(), "-u", x.user, "-pw", x.pw), ssl...)
 	res, err := c.Run(x.h.T.Context())
 	if err != nil {
 		x.h.T.Fatal(err)

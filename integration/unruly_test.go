@@ -235,7 +235,7 @@ func TestUnruly_Info(t *testing.T) {
 	}
 	for name, script := range map[string]string{
 		"dies": "kill -9 $$", "says nothing": ":", "prints too much": "head -c 200000 /dev/zero",
-		"asks the network": "exec python3 -c 'import socket; socket.create_connection((\"127.0.0.1\", " + strings.Split(h.URL, ":")[2] + "))'",
+		"asks the network": "exec python3 -c 'import socket; socket.create_connection((\"" + h.IP + "\", " + strings.Split(h.URL, ":")[2] + "))'",
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -37,11 +38,11 @@ type Host struct {
 	T        testing.TB
 	StateDir string
 	PatchDir string
+	IP       string // a loopback address of its own
 	// URL of plain HTTP, TLSURL of TLS, without a slash at the end.
 	URL, TLSURL string
 
 	o      Options
-	port   [2]int
 	mu     sync.Mutex
 	cmd    *exec.Cmd
 	exited chan struct{}
@@ -66,9 +67,9 @@ func Prepare(t testing.TB, o Options) *Host {
 		o.Binary = Binary(t)
 	}
 	h := &Host{T: t, StateDir: filepath.Join(o.Dir, "state"), PatchDir: filepath.Join(o.Dir, "patches"), o: o, log: &syncBuffer{}}
-	h.port = [2]int{freePort(t), freePort(t)}
-	h.URL = fmt.Sprintf("http://127.0.0.1:%d", h.port[0])
-	h.TLSURL = fmt.Sprintf("https://127.0.0.1:%d", h.port[1])
+	h.IP = freeAddress(t)
+	h.URL = fmt.Sprintf("http://%s:%d", h.IP, plainPort)
+	h.TLSURL = fmt.Sprintf("https://%s:%d", h.IP, tlsPort)
 	if !o.NoKey {
 		h.Trust(DefaultKey(t))
 	}
@@ -84,14 +85,29 @@ func Prepare(t testing.TB, o Options) *Host {
 	return h
 }
 
-func freePort(t testing.TB) int {
+// The ports of every host; each has an address of its own.
+const (
+	plainPort = 8080
+	tlsPort   = 8443
+)
+
+var addresses atomic.Int64
+
+// freeAddress is a loopback address that no other host of this machine uses:
+// on it no outgoing connection can take a port before the daemon has it.
+func freeAddress(t testing.TB) string {
 	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	pid := os.Getpid()
+	for range 1000 {
+		ip := fmt.Sprintf("127.%d.%d.%d", 16+pid/250%200, 1+pid%250, 1+addresses.Add(1)%250)
+		ln, err := net.Listen("tcp", fmt.Sprintf("%s:%d", ip, plainPort))
+		if err == nil {
+			ln.Close()
+			return ip
+		}
 	}
-	defer ln.Close()
-	return ln.Addr().(*net.TCPAddr).Port
+	t.Fatal("no loopback address is free")
+	return ""
 }
 
 // Trust puts a public key into trusted-keys.
@@ -120,7 +136,7 @@ func (h *Host) Launch(env ...string) {
 	h.T.Helper()
 	args := append([]string{
 		"serve", "--state-dir", h.StateDir, "--patch-dir", h.PatchDir,
-		"--listen", fmt.Sprintf("127.0.0.1:%d", h.port[0]), "--tls-listen", fmt.Sprintf("127.0.0.1:%d", h.port[1]),
+		"--listen", fmt.Sprintf("%s:%d", h.IP, plainPort), "--tls-listen", fmt.Sprintf("%s:%d", h.IP, tlsPort),
 		"--bad-password-delay", "200ms", "--grace-timeout", "1s",
 	}, h.o.Flags...)
 	cmd := exec.Command(h.o.Binary, args...)
