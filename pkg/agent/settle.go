@@ -164,7 +164,13 @@ func (e *execution) outcome(entry Entry) (o pool.Outcome, again bool, err error)
 	begun := a.journal.begun(e.id)
 	apply := j.Job.Kind == pool.JobApply
 	if at, stamped := stampTime(a.PatchDir, j.Patch.UUID); apply && stamped && begun && !at.Before(entry.Created) {
-		return pool.Outcome{Output: res.Output, At: at}, false, nil
+		if res.err() == nil {
+			return pool.Outcome{Output: res.Output, At: at}, false, nil
+		}
+		// The patch has written its own stampfile, and failed after that.
+		if err := removeStamp(a.PatchDir, j.Patch.UUID); err != nil {
+			return o, false, err
+		}
 	}
 	switch {
 	case ok:
