@@ -104,7 +104,7 @@ func xfsFS(t testing.TB, size int64) string {
 func used(t testing.TB, path string) int64 {
 	t.Helper()
 	var st syscall.Statfs_t
-	syscall.Sync()
+	run(t, "sync", "-f", path)
 	if err := syscall.Statfs(path, &st); err != nil {
 		t.Fatal(err)
 	}

@@ -60,6 +60,7 @@ func bind(t *testing.T, root, dir string) string {
 // only. On a filesystem whose files can be cloned, and on one where they are
 // copied.
 func TestA5_ScratchIsNotOnTheRoot(t *testing.T) {
+	t.Parallel()
 	for name, fs := range map[string]func(testing.TB, int64) string{"ext4": ext4FS, "xfs": xfsFS} {
 		t.Run(name, func(t *testing.T) { scratchIsNotOnTheRoot(t, fs(t, 2*gib)) })
 	}

@@ -75,6 +75,7 @@ func roundUp(n, to int64) int64 { return (n + to - 1) / to * to }
 // A2 and the rows about what an upload makes: S1-03, S1-06, S1-09, S1-15, S1-24,
 // S1-27.
 func TestA2_CurlUploadOf200MB(t *testing.T) {
+	t.Parallel()
 	h := lab.Start(t, lab.Options{})
 	s := h.Root()
 	p := &lab.Patch{Label: "two hundred", Pad: 200_000_000}
@@ -173,6 +174,7 @@ func (zeros) Read(p []byte) (int, error) {
 // S1-17: a stream without length that does not fit into 4 GiB is refused with
 // the cure, and leaves nothing.
 func TestS1_17_StreamLargerThanTheImage(t *testing.T) {
+	t.Parallel()
 	h := lab.Start(t, lab.Options{})
 	s := h.Root()
 	err := refused(s, func() lab.Answer {
