@@ -18,6 +18,10 @@ import (
 // whose length it does not know: 1 PiB.
 const unknownLength = 1 << 50
 
+// The rest of an unwanted stream whose end only the client knows is read for so
+// long.
+const drainFor = 10 * time.Minute
+
 // reportEvery is how many bytes lie between two reports of progress.
 const reportEvery = 1 << 20
 
@@ -107,4 +111,20 @@ func (b *body) end() error {
 		return nil
 	}
 	return err
+}
+
+// drain reads what a refused client still sends, when only the client knows the
+// end: xen-api looks at its task no sooner than it has sent everything, and a
+// failure that comes earlier ends its whole process. Every other client is told
+// at once.
+func (b *body) drain() {
+	if !b.openEnd {
+		return
+	}
+	buf := make([]byte, copyChunk)
+	for end := time.Now().Add(drainFor); time.Now().Before(end); {
+		if _, err := b.Read(buf); err != nil {
+			return
+		}
+	}
 }

@@ -59,7 +59,9 @@ func (h *Handler) patchUpload(w http.ResponseWriter, r *http.Request) {
 		b := c.newBody(ctx, t)
 		defer b.close()
 		u := &patchUpload{h: h, body: b, requested: requestedSR(r)}
-		made, err = u.run(ctx)
+		if made, err = u.run(ctx); err != nil {
+			b.drain()
+		}
 		return "<value>" + string(made) + "</value>", err
 	})
 	if err != nil {

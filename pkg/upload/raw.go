@@ -56,6 +56,9 @@ func (h *Handler) importRaw(w http.ResponseWriter, r *http.Request) {
 		} else {
 			ref, err = h.importNew(ctx, b, requestedSR(r))
 		}
+		if err != nil {
+			b.drain()
+		}
 		return "<value>" + string(ref) + "</value>", err
 	})
 	if err != nil {

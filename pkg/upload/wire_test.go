@@ -116,6 +116,25 @@ func TestXenAPIStreamOfUnknownLength(t *testing.T) {
 	e.success(string(ref), string(uuid))
 }
 
+// xen-api does not expect its task to fail before it has sent everything: it
+// would take the whole process along.
+func TestAStreamOfUnknownLengthIsRefusedAtItsEnd(t *testing.T) {
+	e := newEnv(t)
+	ref := e.newTask()
+	c := e.dial()
+	c.send(fmt.Appendf(nil, "PUT /pool_patch_upload/?session_id=%s&task_id=%s HTTP/1.1\r\nHost: x\r\ncontent-length: 1125899906842624\r\n\r\n", e.session, ref))
+	c.status()
+	c.send(make([]byte, 32*mib)) // more than lies in the buffers between us
+	if rec, err := e.tasks.Get(ref); err != nil || rec.Status != task.Pending {
+		t.Errorf("before the end: %v %v", rec.Status, err)
+	}
+	c.conn.CloseWrite()
+	if rec := e.outcome(ref); rec.Status != task.Failure || rec.ErrorInfo[0] != xapi.InvalidPatch {
+		t.Errorf("at the end: %v %v", rec.Status, rec.ErrorInfo)
+	}
+	e.nothing()
+}
+
 func TestALyingLengthIsRefused(t *testing.T) {
 	e := newEnv(t)
 	message := sign(t, program(xapi.NewUUID(), mib), "-z", "0")

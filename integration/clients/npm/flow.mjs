@@ -1,7 +1,7 @@
 // xen-api does everything that can be done with a patch.
 import assert from 'node:assert/strict'
 import { CancelToken } from 'promise-toolbox'
-import { assertWatching, cached, calls, connected, content, failure, plan, sized, unsized } from './lib.mjs'
+import { assertWatching, cached, calls, connected, content, endless, failure, plan, sized, unsized } from './lib.mjs'
 
 const { patches } = plan
 const UPLOAD = '/pool_patch_upload/'
@@ -42,7 +42,7 @@ for (const [name, body] of [['buffer', content('buffer')], ['buffer', sized('buf
   const exists = await failure(xapi.putResource(body, UPLOAD))
   assert.deepEqual([exists.code, exists.params], ['PATCH_ALREADY_EXISTS', [patches[name].uuid]])
 }
-for (const body of [content('unsigned'), sized('unsigned'), unsized('unsigned'), Buffer.alloc(0)]) {
+for (const body of [content('unsigned'), sized('unsigned'), unsized('unsigned'), endless(3000), Buffer.alloc(0)]) {
   const invalid = await failure(xapi.putResource(body, UPLOAD))
   assert.deepEqual([invalid.code, invalid.params], ['INVALID_PATCH', []])
 }

@@ -55,6 +55,17 @@ export function unsized(name) {
   )
 }
 
+// A stream of unknown length that is no patch from its first byte on, and goes
+// on for so many ms.
+export function endless(ms) {
+  return Readable.from(
+    (async function* () {
+      for (const end = Date.now() + ms; Date.now() < end; await sleep(10)) yield Buffer.alloc(100_000, 'x')
+    })(),
+    { objectMode: false }
+  )
+}
+
 // The error of a promise that is to be rejected.
 export function failure(promise) {
   return promise.then(
