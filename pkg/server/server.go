@@ -273,7 +273,7 @@ func (s *Server) repair(ctx context.Context) error {
 		// it must not keep an admin from the pool.
 		s.log.WithError(err).Error("some jobs of an earlier process could not be settled")
 	}
-	owned, err := s.resume()
+	owned, err := s.resume(ctx)
 	if err != nil {
 		return err
 	}
@@ -311,7 +311,7 @@ func (s *Server) ensureStorage(ctx context.Context) error {
 
 // resume takes up the tasks whose work is durable: open runs, and jobs, also
 // those that ended while nobody could tell their task.
-func (s *Server) resume() (map[xapi.Ref]bool, error) {
+func (s *Server) resume(ctx context.Context) (map[xapi.Ref]bool, error) {
 	owned := map[xapi.Ref]bool{}
 	refs, runs, err := s.pool.OpenRuns()
 	if err != nil {
@@ -319,9 +319,12 @@ func (s *Server) resume() (map[xapi.Ref]bool, error) {
 	}
 	for i, run := range runs {
 		owned[run.Task] = true
-		s.takeUp(run.Task, func(ctx context.Context) (string, error) {
+		err := s.takeUp(ctx, run.Task, func(ctx context.Context) (string, error) {
 			return "", s.pool.ContinueRun(pool.Resuming(ctx), refs[i])
 		})
+		if err != nil {
+			return nil, err
+		}
 	}
 	jobs, err := s.pool.TaskJobs()
 	if err != nil {
@@ -332,7 +335,9 @@ func (s *Server) resume() (map[xapi.Ref]bool, error) {
 			continue
 		}
 		owned[ref] = true
-		s.takeUp(ref, func(ctx context.Context) (string, error) { return s.jobResult(ctx, job) })
+		if err := s.takeUp(ctx, ref, func(ctx context.Context) (string, error) { return s.jobResult(ctx, job) }); err != nil {
+			return nil, err
+		}
 	}
 	return owned, nil
 }
@@ -347,13 +352,21 @@ func (s *Server) jobResult(ctx context.Context, ref xapi.Ref) (string, error) {
 	return text, err
 }
 
-// takeUp drives the task of resumed work; a task that is gone does not keep
-// the work from going on.
-func (s *Server) takeUp(ref xapi.Ref, f func(context.Context) (string, error)) {
+// takeUp drives the task of resumed work. A task that is gone does not keep
+// the work from going on: it gets another one.
+func (s *Server) takeUp(ctx context.Context, ref xapi.Ref, f func(context.Context) (string, error)) error {
+	if _, err := s.tasks.Get(ref); xapi.Is(err, xapi.HandleInvalid) {
+		h, err := s.tasks.Begin(ctx, task.Spec{Label: "pool_patch.pool_apply", Description: "goes on after a restart"})
+		if err != nil {
+			return err
+		}
+		ref = h.Ref()
+	}
 	s.tasks.Go(ref, func(ctx context.Context, _ *task.Handle) (string, error) {
 		text, err := f(ctx)
 		return xmlValue(text), err
 	})
+	return nil
 }
 
 // housekeepingEvery is how often old records are collected; the sweep of

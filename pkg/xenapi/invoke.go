@@ -123,7 +123,11 @@ func (s *Server) runTask(c *call) (any, error) {
 }
 
 // forget destroys the task of an answered call. Others may have been quicker.
+// One that has not finished stays: patchd is stopping, and its work goes on.
 func (s *Server) forget(ctx context.Context, ref xapi.Ref) {
+	if rec, err := s.Tasks.Get(ref); err == nil && !rec.Status.Finished() {
+		return
+	}
 	ctx, cancel := context.WithTimeout(ctx, writeTimeout)
 	defer cancel()
 	if err := s.Tasks.Destroy(ctx, ref); err != nil && !xapi.Is(err, xapi.HandleInvalid) {
