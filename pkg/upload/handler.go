@@ -248,7 +248,13 @@ func (c *call) adopt() error {
 		return xapi.NewError(xapi.RBACPermissionDenied, "task", "the task belongs to another user")
 	}
 	if _, err := c.h.Tasks.Adopt(c.given); err != nil {
-		return err
+		for _, theirs := range []string{xapi.TaskCancelled, xapi.OperationNotAllowed, xapi.OtherOperationInProgress, xapi.HandleInvalid} {
+			if xapi.Is(err, theirs) {
+				return err
+			}
+		}
+		// The task itself is in order, and whoever waits for it is told.
+		return errors.Join(err, c.h.Tasks.Complete(context.WithoutCancel(c.r.Context()), c.given, "", err))
 	}
 	c.ref = c.given
 	return nil
