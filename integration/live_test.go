@@ -192,3 +192,61 @@ func hostUUID(s *lab.Session) string {
 	_, host := s.One("host")
 	return host["uuid"].(string)
 }
+
+// A job that waits for its turn is cancelled at once and never runs; the one
+// before it is not touched, and a task that has ended cannot be cancelled.
+func TestCancel_WaitingJob(t *testing.T) {
+	t.Parallel()
+	s := lab.Start(t, lab.Options{}).Root()
+	dir := t.TempDir()
+	gate, ran := filepath.Join(dir, "gate"), filepath.Join(dir, "ran")
+	first := s.MustUpload(&lab.Patch{Apply: fmt.Sprintf("touch %[1]s.begun; while [ ! -e %[1]s ]; do sleep 0.02; done", gate)})
+	second := s.MustUpload(&lab.Patch{Precheck: "touch " + ran, Apply: "touch " + ran})
+	one := s.Call("Async.pool_patch.apply", first, s.Host()).(string)
+	until(t, "the first to begin", func() bool { return exists(gate + ".begun") })
+	two := s.Call("Async.pool_patch.apply", second, s.Host()).(string)
+	three := s.Call("Async.pool_patch.pool_apply", second).(string)
+	if rec := s.Wait(three); rec["error_info"].([]any)[0] != "OTHER_OPERATION_IN_PROGRESS" {
+		t.Errorf("%v", rec)
+	}
+	s.Call("task.cancel", two)
+	if rec := s.Wait(two); rec["status"] != "cancelled" {
+		t.Errorf("%v", rec)
+	}
+	if rec := s.Call("task.get_record", one).(map[string]any); rec["status"] != "pending" {
+		t.Errorf("%v", rec)
+	}
+	if n := len(s.All("host_patch")); n != 1 {
+		t.Errorf("%d host_patches", n)
+	}
+	os.WriteFile(gate, nil, 0o600)
+	if rec := s.Wait(one); rec["status"] != "success" {
+		t.Errorf("%v", rec)
+	}
+	_, err := s.Try("task.cancel", one)
+	hasCode(t, err, "OPERATION_NOT_ALLOWED")
+	if exists(ran) {
+		t.Error("the cancelled one has run")
+	}
+	if _, err := apply(s, second); err != nil || !exists(ran) {
+		t.Error(err)
+	}
+}
+
+// Logging out ends calls, not what they have begun.
+func TestCancel_LogoutIsNoCancel(t *testing.T) {
+	t.Parallel()
+	h := lab.Start(t, lab.Options{})
+	s, other := h.Root(), h.Root()
+	gate := filepath.Join(t.TempDir(), "gate")
+	p := s.MustUpload(&lab.Patch{Apply: fmt.Sprintf("touch %[1]s.begun; while [ ! -e %[1]s ]; do sleep 0.02; done", gate)})
+	task := s.Call("Async.pool_patch.apply", p, s.Host()).(string)
+	until(t, "the apply to begin", func() bool { return exists(gate + ".begun") })
+	s.Call("session.logout")
+	_, err := s.Try("pool.get_all")
+	wantCode(t, err, "SESSION_INVALID", s.Ref)
+	os.WriteFile(gate, nil, 0o600)
+	if rec := other.Wait(task); rec["status"] != "success" {
+		t.Errorf("%v", rec)
+	}
+}

@@ -103,48 +103,54 @@ yes patched | head -c 300000 > "$PATCHD_ROOT/patched"`})
 // on this host starts it again, and the patch ends while the new one looks on.
 func TestA5_PatchRestartsPatchd(t *testing.T) {
 	t.Parallel()
-	for _, wait := range []string{"the daemon is back", "the patch is done"} {
-		t.Run(wait, func(t *testing.T) {
-			h := lab.Start(t, lab.Options{})
-			s := h.Root()
-			dir := t.TempDir()
-			effect, back, done := filepath.Join(dir, "effect"), filepath.Join(dir, "back"), filepath.Join(dir, "done")
-			script := fmt.Sprintf("echo once >> %s; kill -9 %d\n", effect, h.Pid())
-			if wait == "the daemon is back" {
-				script += fmt.Sprintf("while [ ! -e %s ]; do sleep 0.05; done\n", back)
-			}
-			script += "echo survived; touch " + done
-			p := s.MustUpload(&lab.Patch{Guidance: "restartXAPI", Apply: script})
-			task := s.Call("Async.pool_patch.apply", p, s.Host()).(string)
-			<-h.Exited()
-			if wait == "the patch is done" {
-				until(t, "the patch to end without a daemon", func() bool { return exists(done) })
-			}
-			h.Up()
-			if err := os.WriteFile(back, nil, 0o600); err != nil {
-				t.Fatal(err)
-			}
-			rec := s.Wait(task)
-			if rec["status"] != "success" || !strings.Contains(fmt.Sprint(rec["result"]), "survived") {
-				t.Errorf("the task: %v", rec)
-			}
-			if n := lines(effect); n != 1 {
-				t.Errorf("applied %d times", n)
-			}
-			_, hp := s.One("host_patch")
-			if hp["applied"] != true {
-				t.Errorf("%v", hp)
-			}
-			if patch := s.Call("pool_patch.get_record", p).(map[string]any); patch["pool_applied"] != true {
-				t.Errorf("%v", patch)
-			}
-			if !exists(filepath.Join(h.PatchDir, "applied", s.Call("pool_patch.get_uuid", p).(string))) {
-				t.Error("no stampfile")
-			}
-			_, err := apply(s, p)
-			wantCode(t, err, "PATCH_ALREADY_APPLIED", p)
-		})
+	for _, call := range []string{"pool_patch.apply", "pool_patch.pool_apply"} {
+		for _, wait := range []string{"the daemon is back", "the patch is done"} {
+			t.Run(call+" until "+wait, func(t *testing.T) { patchRestartsPatchd(t, call, wait) })
+		}
 	}
+}
+
+func patchRestartsPatchd(t *testing.T, call, wait string) {
+	h := lab.Start(t, lab.Options{})
+	s := h.Root()
+	dir := t.TempDir()
+	effect, back, done := filepath.Join(dir, "effect"), filepath.Join(dir, "back"), filepath.Join(dir, "done")
+	script := fmt.Sprintf("echo once >> %s; kill -9 %d\n", effect, h.Pid())
+	if wait == "the daemon is back" {
+		script += fmt.Sprintf("while [ ! -e %s ]; do sleep 0.05; done\n", back)
+	}
+	script += "echo survived; touch " + done
+	p := s.MustUpload(&lab.Patch{Guidance: "restartXAPI", Apply: script})
+	args, result := []any{p}, "<value></value>"
+	if call == "pool_patch.apply" {
+		args, result = append(args, s.Host()), "<value>survived\n</value>"
+	}
+	task := s.Call("Async."+call, args...).(string)
+	<-h.Exited()
+	if wait == "the patch is done" {
+		until(t, "the patch to end without a daemon", func() bool { return exists(done) })
+	}
+	h.Up()
+	if err := os.WriteFile(back, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if rec := s.Wait(task); rec["status"] != "success" || rec["result"] != result {
+		t.Errorf("the task: %v", rec)
+	}
+	if n := lines(effect); n != 1 {
+		t.Errorf("applied %d times", n)
+	}
+	if _, hp := s.One("host_patch"); hp["applied"] != true {
+		t.Errorf("%v", hp)
+	}
+	if patch := s.Call("pool_patch.get_record", p).(map[string]any); patch["pool_applied"] != true {
+		t.Errorf("%v", patch)
+	}
+	if !exists(filepath.Join(h.PatchDir, "applied", s.Call("pool_patch.get_uuid", p).(string))) {
+		t.Error("no stampfile")
+	}
+	_, err := apply(s, p)
+	wantCode(t, err, "PATCH_ALREADY_APPLIED", p)
 }
 
 // The same where nothing but the patch itself starts the daemon again: a
@@ -188,5 +194,20 @@ echo survived`, effect, h.Pid(), strings.Join(words, " "), log, dir)})
 	// It does its work like any other.
 	if _, err := apply(s, s.MustUpload(&lab.Patch{})); err != nil {
 		t.Error(err)
+	}
+}
+
+// S1-26: twice its own size fits beside a patch of any size, at the smallest
+// images too.
+func TestS1_26_TwiceItsSizeFits(t *testing.T) {
+	t.Parallel()
+	s := lab.Start(t, lab.Options{}).Root()
+	for _, pad := range []int{0, 500_000, 1_000_000, 1_040_000, 1_048_576, 3_000_000} {
+		p := s.MustUpload(&lab.Patch{Pad: pad, Apply: `set -e
+cat "$0" "$0" > "$PATCHD_SCRATCH/twice"; sync "$PATCHD_SCRATCH/twice"; [ -w . ]
+cat "$0" "$0" > ./beside 2>/dev/null && echo more || :`})
+		if _, err := apply(s, p); err != nil {
+			t.Errorf("%d bytes: %v", pad, err)
+		}
 	}
 }

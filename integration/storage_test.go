@@ -151,6 +151,31 @@ func TestS1_10_to_13_ChoiceOfTheSR(t *testing.T) {
 	}
 }
 
+// S1-13: no SR at all, because it was forgotten or destroyed.
+func TestS1_13_NoSRAtAll(t *testing.T) {
+	t.Parallel()
+	for _, end := range []string{"SR.forget", "SR.destroy"} {
+		h := lab.Start(t, lab.Options{})
+		s := h.Root()
+		sr := defaultSR(s)
+		if end == "SR.forget" {
+			s.Call("PBD.unplug", pbdOf(s, sr))
+			s.Call("PBD.destroy", pbdOf(s, sr))
+		}
+		if _, err := s.Try(end, sr); err != nil {
+			t.Fatal(err)
+		}
+		for range 2 {
+			if params := hasCode(t, uploadErr(s, (&lab.Patch{}).Signed(t)), "DEFAULT_SR_NOT_FOUND"); len(params) != 2 {
+				t.Errorf("%q", params)
+			}
+			h.Restart() // no new SR is made behind the admin's back
+			s = h.Root()
+		}
+		h.Down()
+	}
+}
+
 // A default SR that is full is not passed over: its admin wants to hear it.
 func TestS1_12_FullDefaultIsNotPassedOver(t *testing.T) {
 	t.Parallel()
