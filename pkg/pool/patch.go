@@ -146,10 +146,10 @@ func (p *Pool) patch(ref xapi.Ref) (rec Patch, err error) {
 	return rec, err
 }
 
-// deprecated logs that a call is kept only for old clients.
-func (p *Pool) deprecated(call string, rec Patch) {
+// deprecated logs that a call is kept only for old clients. does is what it does.
+func (p *Pool) deprecated(call, does string, rec Patch) {
 	p.Log.WithField("call", call).WithField("patch", rec.UUID).
-		Warn("deprecated call: it only removes files from dom0; use VDI.destroy on the patch's VDI")
+		Warn("deprecated call: it " + does + "; use VDI.destroy on the patch's VDI")
 }
 
 // PatchClean deletes the file of the patch from the coordinator's patch-dir.
@@ -160,7 +160,7 @@ func (p *Pool) PatchClean(ctx context.Context, patch xapi.Ref) error {
 	if err != nil {
 		return err
 	}
-	p.deprecated("pool_patch.clean", rec)
+	p.deprecated("pool_patch.clean", "only removes files from dom0", rec)
 	if err := p.removeFile(rec.Filename); err != nil {
 		p.Log.WithError(err).WithField("patch", rec.UUID).Warn("the patch file could not be removed")
 	}
@@ -181,7 +181,7 @@ func (p *Pool) PatchCleanOnHost(ctx context.Context, patch, host xapi.Ref) error
 	if err != nil {
 		return err
 	}
-	p.deprecated("pool_patch.clean_on_host", rec)
+	p.deprecated("pool_patch.clean_on_host", "only removes files from dom0", rec)
 	if host != p.Self {
 		return nil // only the coordinator keeps classic files
 	}
@@ -199,7 +199,7 @@ func (p *Pool) PatchPoolClean(ctx context.Context, patch xapi.Ref) error {
 	if err != nil {
 		return err
 	}
-	p.deprecated("pool_patch.pool_clean", rec)
+	p.deprecated("pool_patch.pool_clean", "removes files from dom0 and destroys the VDI", rec)
 	return p.removeSources(ctx, patch, rec)
 }
 
