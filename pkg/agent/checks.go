@@ -4,6 +4,7 @@ import (
 	"context"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/patchd/patchd/pkg/sr"
 	"github.com/patchd/patchd/pkg/xapi"
@@ -14,6 +15,13 @@ type identity struct {
 	dev, ino   uint64
 	size       int64
 	sec, nanos int64
+}
+
+// settled tells whether a file's ctime is old enough to show the next write:
+// clocks of filesystems tick in milliseconds, and two writes in one tick leave
+// the same ctime.
+func (id identity) settled(now time.Time) bool {
+	return now.Sub(time.Unix(id.sec, id.nanos)) > time.Second
 }
 
 // identify looks at a volume; only regular files have an identity that a

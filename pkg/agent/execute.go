@@ -186,7 +186,9 @@ func (e *execution) clone(repo sr.Repository, entry Entry) (check bool, err erro
 	}
 	p := entry.Assignment.Patch
 	if !e.agent.checks.passed(before, p.Digest) {
-		e.agent.checks.await(e.id, before, p.Digest)
+		if before.settled(e.agent.Now()) {
+			e.agent.checks.await(e.id, before, p.Digest)
+		}
 		return true, nil
 	}
 	keys, err := patch.LoadKeyring(e.agent.KeysDir)

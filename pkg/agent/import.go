@@ -8,7 +8,10 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/patchd/patchd/pkg/fault"
 	"github.com/patchd/patchd/pkg/patch"
@@ -29,7 +32,10 @@ func (a *Agent) Inspect(ctx context.Context, name string) (rec pool.Patch, err e
 		return rec, err
 	}
 	defer dir.Close()
-	f, err := dir.Open(name)
+	if !plainName(name) {
+		return rec, xapi.NewError(xapi.InvalidValue, "name", cleanText([]byte(name)))
+	}
+	f, err := dir.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0) // a pipe would wait for its writer
 	if err != nil {
 		return rec, err
 	}
@@ -74,7 +80,7 @@ func (a *Agent) Place(path string) (name string, err error) {
 	if filepath.Dir(filepath.Clean(path)) == filepath.Clean(a.PatchDir) {
 		return filepath.Base(path), nil
 	}
-	src, err := os.Open(path)
+	src, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return "", err
 	}
@@ -115,6 +121,11 @@ func (a *Agent) Unplace(path, name string) error {
 	return os.Remove(filepath.Join(a.PatchDir, name))
 }
 
+// plainName tells whether a file name can stand in a record and a log line.
+func plainName(name string) bool {
+	return utf8.ValidString(name) && !strings.ContainsFunc(name, unicode.IsControl)
+}
+
 // Files lists the names in the patch-dir that may be classic patch files: no
 // folders, no hidden files, no left-over `.run` files.
 func (a *Agent) Files() ([]string, error) {
@@ -127,7 +138,7 @@ func (a *Agent) Files() ([]string, error) {
 	}
 	var names []string
 	for _, e := range entries {
-		if e.Type().IsRegular() && !strings.HasPrefix(e.Name(), ".") && !strings.HasSuffix(e.Name(), ".run") {
+		if e.Type().IsRegular() && plainName(e.Name()) && !strings.HasPrefix(e.Name(), ".") && !strings.HasSuffix(e.Name(), ".run") {
 			names = append(names, e.Name())
 		}
 	}

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/patchd/patchd/pkg/dom0"
@@ -133,6 +134,9 @@ func (r *runner) steps(ctx context.Context, undo *xapi.Undo, res *Result) error 
 	err = r.dom0.Mount(ctx, dom0.Mount{
 		Source: dev.Path(), Target: r.mnt, Type: "ext4", Options: "errors=remount-ro,noinit_itable",
 	})
+	if errors.Is(err, syscall.EINVAL) || errors.Is(err, syscall.EUCLEAN) {
+		return xapi.NewError(xapi.VDIContentChanged, string(r.run.PatchRef), "the image holds no ext4 filesystem").Because(err)
+	}
 	if err != nil {
 		return fmt.Errorf("mount the image of patch %s: %w", r.run.Patch, err)
 	}
@@ -143,8 +147,7 @@ func (r *runner) steps(ctx context.Context, undo *xapi.Undo, res *Result) error 
 		}
 	}
 	res.Checked = true
-	scratch := filepath.Join(r.mnt, "scratch")
-	if err := os.Mkdir(scratch, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+	if err := os.Mkdir(filepath.Join(r.mnt, "scratch"), 0o700); err != nil {
 		return err
 	}
 	if err := r.precheck(ctx, res); err != nil || r.run.Kind == pool.JobPrecheck {
@@ -160,7 +163,10 @@ func (r *runner) check(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	f, err := os.Open(filepath.Join(r.mnt, vdi.FileName))
+	if err := r.alone(); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(filepath.Join(r.mnt, vdi.FileName), os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return xapi.NewError(xapi.VDIContentChanged, string(r.run.PatchRef), "the image holds no file called "+vdi.FileName).Because(err)
 	}
@@ -171,6 +177,23 @@ func (r *runner) check(ctx context.Context) error {
 			fmt.Sprintf("the payload has SHA-256 %s, the record says %s", digest, r.run.Digest)).Because(err)
 	}
 	return err
+}
+
+// alone makes sure that the image holds the payload as a plain file, and
+// nothing else that a patch could take for its own: a link could lead to what
+// changes after the check, and a file beside the payload is not signed.
+func (r *runner) alone() error {
+	entries, err := os.ReadDir(r.mnt)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if e.Name() == vdi.FileName && e.Type().IsRegular() || e.Name() == "lost+found" && e.IsDir() {
+			continue
+		}
+		return xapi.NewError(xapi.VDIContentChanged, string(r.run.PatchRef), fmt.Sprintf("the image holds %.64q, which is not of the upload", e.Name()))
+	}
+	return nil
 }
 
 func (r *runner) precheck(ctx context.Context, res *Result) error {

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	"github.com/patchd/patchd/pkg/fault"
@@ -86,7 +87,7 @@ func readStamps(patchDir string) (stamps []pool.Stamp, bad map[string]error, err
 }
 
 func readStamp(dir *os.Root, name string) (s pool.Stamp, err error) {
-	f, err := dir.Open(name)
+	f, err := dir.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return s, err
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"syscall"
 
 	"github.com/patchd/patchd/pkg/fault"
 	"github.com/patchd/patchd/pkg/store"
@@ -110,7 +111,7 @@ func (p *Pool) PatchFile(uuid xapi.UUID) (*os.File, int64, error) {
 		return nil, 0, xapi.NewError(xapi.CannotFindPatch).Because(err)
 	}
 	defer dir.Close()
-	f, err := dir.Open(rec.Filename)
+	f, err := dir.OpenFile(rec.Filename, os.O_RDONLY|syscall.O_NONBLOCK, 0) // it may have become a pipe
 	if err != nil {
 		return nil, 0, xapi.NewError(xapi.CannotFindPatch).Because(err)
 	}

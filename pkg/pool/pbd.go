@@ -1,6 +1,7 @@
 package pool
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"path/filepath"
@@ -63,13 +64,26 @@ func (p *Pool) checkConfig(d sr.Driver, device map[string]string) error {
 		return err
 	}
 	for key, value := range device {
+		if !filepath.IsAbs(value) {
+			continue
+		}
+		path := realPath(value)
 		for _, own := range p.OwnDirs {
-			if path := filepath.Clean(value); path == own || strings.HasPrefix(path, own+"/") {
+			if real := realPath(own); path == real || strings.HasPrefix(path, real+"/") {
 				return sr.BadConfig(key, value, "lies in "+own+", which is a folder of patchd's own")
 			}
 		}
 	}
 	return nil
+}
+
+// realPath follows the symbolic links in what there is of an absolute path.
+func realPath(path string) string {
+	path = filepath.Clean(path)
+	if real, err := filepath.EvalSymlinks(path); err == nil || path == "/" {
+		return cmp.Or(real, path)
+	}
+	return filepath.Join(realPath(filepath.Dir(path)), filepath.Base(path))
 }
 
 // PBDDestroy removes an unplugged link. Codes: HANDLE_INVALID,
