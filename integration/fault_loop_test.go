@@ -227,6 +227,7 @@ func TestA8_SoakFailAtEveryPoint(t *testing.T) {
 	if v.Pid() != pid || v.dead() {
 		t.Error("the daemon did not live on")
 	}
+	v.Restart() // closes intents that could not be closed
 	v.finish(t)
 }
 

@@ -46,14 +46,14 @@ func heard(err error) answer {
 // told is what a client was told of one patch.
 type told struct {
 	*lab.Patch
-	signed                               []byte
-	digest                               string // of the payload
-	effect                               string // a file that gets a line each time the patch is applied
-	asked                                int    // applies
+	signed                                []byte
+	digest                                string // of the payload
+	effect                                string // a file that gets a line each time the patch is applied
+	asked                                 int    // applies
 	uploaded, applied, cleaned, destroyed answer
-	golden                               string // SHA-256 of the image
-	killed                               bool   // its runner: how the apply ended may be unknown
-	spoilt                               bool   // its apply may have failed after it changed the host
+	golden                                string // SHA-256 of the image
+	killed                                bool   // its runner: how the apply ended may be unknown
+	spoilt                                bool   // its apply may have failed after it changed the host
 }
 
 // victim is a host that is made to fail, and what its clients were told.
@@ -61,11 +61,11 @@ type victim struct {
 	*lab.Host
 	s        *lab.Session
 	dir      string
-	patches  []*told          // those to look at
-	old      []*told          // those looked at before
-	ended    map[string]any   // tasks that have ended, and how
-	plan     string           // of the daemon
-	runner   string           // of runners
+	patches  []*told        // those to look at
+	old      []*told        // those looked at before
+	ended    map[string]any // tasks that have ended, and how
+	plan     string         // of the daemon
+	runner   string         // of runners
 	trace    string
 	restarts int
 }
