@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"os"
+	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -179,7 +181,8 @@ func (a *Agent) ResyncStamps(ctx context.Context) error {
 		return err
 	}
 	for name, err := range bad {
-		a.Log.WithError(err).WithField("stampfile", name).Warn("a stampfile makes no sense and is passed over")
+		a.Log.WithError(err).WithField("stampfile", name).Warn("a stampfile makes no sense: it only keeps what the records say")
+		stamps = append(stamps, pool.Stamp{Patch: pool.Patch{UUID: xapi.UUID(name)}, Garbled: true})
 	}
 	return a.Coordinator.Resync(ctx, a.Self, stamps)
 }
@@ -198,11 +201,11 @@ func (a *Agent) Settle(patch pool.Patch, applied bool) error {
 // It is called once, before Run, with the storage attached. Following goes on
 // in the background until ctx ends.
 func (a *Agent) Recover(ctx context.Context) error {
-	entries, err := a.journal.entries()
+	entries, bad, err := a.journal.entries()
 	if err != nil {
 		return err
 	}
-	var errs []error
+	errs := []error{a.removeScraps()}
 	known := map[xapi.UUID]bool{}
 	for _, e := range entries {
 		known[e.uuid()] = true
@@ -211,11 +214,43 @@ func (a *Agent) Recover(ctx context.Context) error {
 	jobs, _, err := a.Coordinator.Jobs(a.Self)
 	errs = append(errs, err)
 	for _, j := range jobs {
-		if !known[j.Job.UUID] {
+		id := j.Job.UUID
+		switch {
+		case known[id]:
+		case bad[id] != nil:
+			// The record tells enough to settle it; the sweeper finds its image.
+			known[id] = true
+			errs = append(errs, a.recoverEntry(ctx, Entry{Assignment: j, Created: j.Job.Created}))
+			delete(bad, id)
+		default:
 			errs = append(errs, a.recoverUnjournaled(ctx, j))
 		}
 	}
+	for id, err := range bad {
+		a.Log.WithError(err).WithField("job", id).Warn("a journal entry makes no sense; no open job has it, and it is left alone")
+	}
 	errs = append(errs, a.killStrangers(ctx, known))
+	return errors.Join(errs...)
+}
+
+// removeScraps removes files that were being written when this host's last
+// process died: no name but a temporary one ever led to them.
+func (a *Agent) removeScraps() error {
+	var errs []error
+	for dir, pattern := range map[string]string{
+		a.JobsDir: ".import-*", a.PatchDir: ".*-*-*-*-*", appliedDir(a.PatchDir): ".*-*-*-*-*.*",
+	} {
+		names, err := filepath.Glob(filepath.Join(dir, pattern))
+		errs = append(errs, err)
+		for _, name := range names {
+			id, number, _ := strings.Cut(strings.TrimPrefix(filepath.Base(name), "."), ".")
+			ours := xapi.UUID(id).Valid() && strings.Trim(number, "0123456789") == ""
+			if dir != a.JobsDir && !ours {
+				continue
+			}
+			errs = append(errs, os.Remove(name))
+		}
+	}
 	return errors.Join(errs...)
 }
 

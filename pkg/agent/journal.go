@@ -127,36 +127,39 @@ func (j journal) end(id xapi.UUID) error {
 	return fault.Point("journal.end.done")
 }
 
-// entries lists what is journaled. A folder without a readable entry never
-// had an effect, for the entry is written first: it is removed.
-func (j journal) entries() ([]Entry, error) {
+// entries lists what is journaled. A folder without an entry never had an
+// effect, for the entry is written first: it is removed. Entries that cannot be
+// read are named in bad and left alone.
+func (j journal) entries() (good []Entry, bad map[xapi.UUID]error, err error) {
 	names, err := os.ReadDir(j.dir)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, os.MkdirAll(j.dir, 0o700)
+		return nil, nil, os.MkdirAll(j.dir, 0o700)
 	}
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	var out []Entry
+	bad = map[xapi.UUID]error{}
 	for _, n := range names {
 		id := xapi.UUID(n.Name())
-		if !id.Valid() {
+		if !id.Valid() || !n.IsDir() {
 			continue
 		}
 		var e Entry
 		err := readJSON(j.path(id, fileEntry), &e)
 		switch {
 		case err == nil && e.uuid() == id:
-			out = append(out, e)
-		case err == nil, errors.Is(err, fs.ErrNotExist):
+			good = append(good, e)
+		case errors.Is(err, fs.ErrNotExist):
 			if err := os.RemoveAll(j.path(id)); err != nil {
-				return nil, err
+				return nil, nil, err
 			}
+		case err == nil:
+			bad[id] = fmt.Errorf("it is about job %.64q", e.uuid())
 		default:
-			return nil, fmt.Errorf("read journal of job %s: %w", id, err)
+			bad[id] = err
 		}
 	}
-	return out, nil
+	return good, bad, nil
 }
 
 // result reads result.json; ok is false when there is none yet.

@@ -12,6 +12,9 @@ import (
 type Stamp struct {
 	Patch   Patch // identity and guidance, as the stampfile's content says
 	Applied time.Time
+	// Garbled: the file is there, and what is in it makes no sense. It adds
+	// nothing to the records, and takes nothing away.
+	Garbled bool
 }
 
 // Resync makes the records say what the host's stampfiles say: a stamp without
@@ -25,6 +28,9 @@ func (p *Pool) Resync(ctx context.Context, host xapi.Ref, stamps []Stamp) error 
 	seen := map[xapi.UUID]bool{}
 	for _, s := range stamps {
 		seen[s.Patch.UUID] = true
+		if s.Garbled {
+			continue
+		}
 		if err := p.resyncStamp(ctx, host, s); err != nil {
 			return err
 		}
