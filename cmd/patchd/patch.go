@@ -146,7 +146,7 @@ func (c *client) upload(ctx context.Context, path, srName string) (record, error
 	req.ContentLength = length
 	req.Header.Set("Expect", "100-continue")
 	req.AddCookie(&http.Cookie{Name: "session_id", Value: c.session})
-	res, err := c.http.Do(req)
+	res, err := c.send(ctx, req)
 	if err != nil {
 		switch {
 		case ctx.Err() != nil && body.read.Load() == length:
@@ -158,6 +158,26 @@ func (c *client) upload(ctx context.Context, path, srName string) (record, error
 	}
 	defer res.Body.Close()
 	return decodeUpload(res)
+}
+
+// send is http.Client.Do that ends with ctx also while the body waits for a
+// standard input that does not go on: the connection ends with the process.
+func (c *client) send(ctx context.Context, req *http.Request) (*http.Response, error) {
+	type answer struct {
+		res *http.Response
+		err error
+	}
+	answered := make(chan answer, 1)
+	go func() {
+		res, err := c.http.Do(req)
+		answered <- answer{res, err}
+	}()
+	select {
+	case a := <-answered:
+		return a.res, a.err
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
 }
 
 func decodeUpload(res *http.Response) (record, error) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"runtime/debug"
 
@@ -107,7 +108,7 @@ func serve(ctx context.Context, c server.Config) (err error) {
 	}
 	err = s.Run(ctx, func() {
 		plain, tls := s.Addresses()
-		log.WithField("http", plain).WithField("tls", tls).WithField("version", version).Info("patchd is ready")
+		log.WithField("http", addressText(plain)).WithField("tls", addressText(tls)).WithField("version", version).Info("patchd is ready")
 		if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
 			log.WithError(err).Warn("the init system could not be told that patchd is ready")
 		}
@@ -117,4 +118,12 @@ func serve(ctx context.Context, c server.Config) (err error) {
 		err = cerr
 	}
 	return err
+}
+
+// addressText is "" for a listener that there is not.
+func addressText(a net.Addr) string {
+	if a == nil {
+		return ""
+	}
+	return a.String()
 }

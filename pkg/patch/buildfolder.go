@@ -131,10 +131,14 @@ func (f *folder) readInfo() error {
 		key := unknown[0].String()
 		return fmt.Errorf("%s: line %d: unknown key %q (known: uuid, version, name-label, name-description, after-apply-guidance, scratch-size)", name, lineOf(text, unknown[0]), key)
 	}
+	var missing []string
 	for _, key := range []string{"version", "name-label", "name-description", "after-apply-guidance"} {
 		if !meta.IsDefined(key) {
-			return fmt.Errorf("%s: %s is missing", name, key)
+			missing = append(missing, key)
 		}
+	}
+	if len(missing) > 0 {
+		return fmt.Errorf("%s: %s is missing", name, strings.Join(missing, ", "))
 	}
 	if err := f.takeInfo(t); err != nil {
 		return fmt.Errorf("%s: %w", name, err)

@@ -52,7 +52,7 @@ func openStateDir(dir string) (stateDir, error) {
 		n, _ := f.ReadAt(b, 0)
 		f.Close()
 		if errors.Is(err, syscall.EWOULDBLOCK) {
-			return s, fmt.Errorf("another patchd (process %s) uses the state directory %s", strings.TrimSpace(string(b[:n])), dir)
+			return s, fmt.Errorf("another patchd (process %s) uses the state directory %s: stop it first, or name another --state-dir", strings.TrimSpace(string(b[:n])), dir)
 		}
 		return s, err
 	}
