@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/gorilla/mux"
@@ -155,6 +156,7 @@ type call struct {
 	sess *session.Session
 	log  logrus.FieldLogger
 
+	began   time.Time
 	given   xapi.Ref // task_id, or ""
 	ref     xapi.Ref // the task
 	answer  bool     // the status is out
@@ -164,7 +166,7 @@ type call struct {
 // accept finds out who calls and whether they may. On false the answer is
 // given. done is to be called when the request ends.
 func (h *Handler) accept(w http.ResponseWriter, r *http.Request, name string, need session.Role) (c *call, done func(), ok bool) {
-	c = &call{h: h, w: w, r: r, rc: http.NewResponseController(w), name: name, given: xapi.Ref(param(r, "task_id"))}
+	c = &call{h: h, w: w, r: r, rc: http.NewResponseController(w), name: name, began: time.Now(), given: xapi.Ref(param(r, "task_id"))}
 	c.log = h.Log.WithField("request", name)
 	w.Header().Set("Connection", "close")
 	w.Header().Set("Cache-Control", "no-cache, no-store")
@@ -178,12 +180,20 @@ func (h *Handler) accept(w http.ResponseWriter, r *http.Request, name string, ne
 			w.Header().Set("WWW-Authenticate", `Basic realm="`+name+`"`)
 		}
 		c.failTask(err)
+		c.audit(err)
 		c.refuse(err)
 		return nil, nil, false
 	}
 	c.sess = sess
+	if _, err := url.ParseQuery(r.URL.RawQuery); err != nil {
+		// What cannot be read would be as if it had not been said.
+		c.refuse(xapi.NewError(xapi.InvalidValue, "query", "cannot be read").Because(err))
+		release()
+		return nil, nil, false
+	}
 	if err := sess.Require(need, "http/"+name); err != nil {
 		c.failTask(err)
+		c.audit(err)
 		c.refuse(err)
 		release()
 		return nil, nil, false
@@ -202,7 +212,7 @@ func (c *call) failTask(err error) {
 	if _, aerr := c.h.Tasks.Adopt(c.given); aerr != nil {
 		return // unknown, finished, or driven by another request
 	}
-	if werr := c.h.Tasks.Complete(c.r.Context(), c.given, "", err); werr != nil {
+	if werr := c.h.Tasks.Complete(context.WithoutCancel(c.r.Context()), c.given, "", err); werr != nil {
 		c.log.WithError(werr).WithField("task_ref", c.given).Warn("the task of a refused request is not ended")
 	}
 }
@@ -210,7 +220,8 @@ func (c *call) failTask(err error) {
 // begin takes the client's task or makes one. On false the answer is given.
 func (c *call) begin() bool {
 	if c.given == "" {
-		t, err := c.h.Tasks.Begin(c.r.Context(), task.Spec{
+		// A client that has closed its side already may still read the answer.
+		t, err := c.h.Tasks.Begin(context.WithoutCancel(c.r.Context()), task.Spec{
 			Label: c.name, Session: c.sess.Stored, User: c.sess.User, SubtaskOf: xapi.Ref(param(c.r, "subtask_of")),
 		})
 		if err != nil {
@@ -264,8 +275,31 @@ func (c *call) adopt() error {
 // context plays no part.
 func (c *call) run(f task.Func) (string, error) {
 	result, err := c.h.Tasks.Run(context.WithoutCancel(c.r.Context()), c.ref, f)
+	c.audit(err)
 	if err != nil && !errors.Is(err, task.ErrStopping) {
 		c.log.WithError(err).Info("request failed")
 	}
 	return result, err
+}
+
+// audit writes the one line that every request which changes something leaves
+// in the log: who, from where, what, how it ended. It is as that of a call.
+func (c *call) audit(err error) {
+	if c.r.Method == http.MethodGet {
+		return
+	}
+	outcome := "Success"
+	if err != nil {
+		outcome = xapi.AsError(err).Code
+	}
+	fields := logrus.Fields{
+		"method": "http/" + c.name, "address": c.r.RemoteAddr, "outcome": outcome,
+		"duration": time.Since(c.began).Round(time.Microsecond).String(),
+	}
+	if c.sess != nil {
+		stored := strings.TrimPrefix(string(c.sess.Stored), "OpaqueRef:")
+		fields["user"], fields["originator"] = c.sess.User, c.sess.Originator
+		fields["session"] = stored[:min(8, len(stored))]
+	}
+	c.log.WithFields(fields).Info("audit")
 }

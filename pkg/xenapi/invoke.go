@@ -36,6 +36,9 @@ func (s *Server) start(c *call, async bool, params []any, audit *audit) (v any, 
 	if c.args, err = c.msg.bind(params); err != nil {
 		return nil, err
 	}
+	if err := misplaced(c); err != nil {
+		return nil, err
+	}
 	audit.note(c)
 	switch {
 	case c.msg.mode == modeRead:
@@ -63,6 +66,20 @@ func authorize(c *call) error {
 		return nil
 	}
 	return c.sess.Require(c.msg.role, c.msg.FullName())
+}
+
+// misplaced refuses the caller's own session where another object belongs,
+// before anything is made that would keep and show the secret ref.
+func misplaced(c *call) error {
+	if c.sess == nil {
+		return nil
+	}
+	for i, p := range c.msg.Params {
+		if ref, ok := c.args[i].(xapi.Ref); ok && ref == c.sess.Ref && p.Type.Name != session.Class {
+			return xapi.NewError(xapi.HandleInvalid, p.Type.Name, string(ref))
+		}
+	}
+	return nil
 }
 
 // read runs under the request and ends, too, when the session does: whoever
