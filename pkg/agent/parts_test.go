@@ -138,7 +138,7 @@ func TestReport(t *testing.T) {
 	goOn := make(chan struct{})
 	r.verbs["apply"] = func(ctx context.Context, p *dom0test.Process) dom0.Result {
 		fmt.Fprintln(p.Stdout, "working")
-		f := os.NewFile(p.ExtraFiles[0].Fd(), "3")
+		f := p.ExtraFiles[0].(io.Writer)
 		fmt.Fprintln(f, "0.5 half")
 		<-goOn
 		return dom0.Result{}
