@@ -21,7 +21,7 @@ deps: ## what the demo and the tests need from Debian and npm
 test: deps ## everything that must hold; needs root
 	scripts/test.sh
 
-lint: ## gofmt, vet, staticcheck by golangci-lint
+lint: ## gofmt, vet, staticcheck
 	scripts/lint.sh
 
 bench: deps ## the measured targets, as ratios to a baseline in the same run

@@ -136,9 +136,9 @@ func (p *Pool) ensureRecords(tx *store.Tx, o Options) error {
 	tx.Put(ClassHost, ref, host)
 	p.Self = ref
 
-	for _, it := range tx.List(ClassPool) {
+	if pools := tx.List(ClassPool); len(pools) > 0 {
 		var r PoolRecord
-		if err := it.Decode(&r); err != nil {
+		if err := pools[0].Decode(&r); err != nil {
 			return err
 		}
 		p.PoolUUID = r.UUID

@@ -13,7 +13,7 @@ import (
 	"github.com/patchd/patchd/pkg/xapi"
 )
 
-// Content types, exactly: clients compare the whole header (README fact 2).
+// Content types, exactly: clients compare the whole header.
 const (
 	contentXML  = "text/xml"
 	contentJSON = "application/json"
@@ -22,7 +22,7 @@ const (
 
 // Routes adds the RPC endpoints to r. It has to come last: whatever no other
 // route takes ends here, for a POST on any path without a better match is
-// XML-RPC (README fact 1). r should not clean paths.
+// XML-RPC. r should not clean paths.
 func (s *Server) Routes(r *mux.Router) {
 	r.PathPrefix("/jsonrpc").Methods(http.MethodPost).HandlerFunc(s.serveJSON)
 	r.PathPrefix("/").HandlerFunc(s.serveRest)
@@ -129,8 +129,8 @@ func (s *Server) refuseMalformed(w http.ResponseWriter, r *http.Request, err err
 	refuse(w, http.StatusInternalServerError)
 }
 
-// respond sends the answer of a call: 200, also when the call failed
-// (README fact 5). That a client is gone is no concern of ours.
+// respond sends the answer of a call: 200, also when the call failed, for the
+// error is in the body. That a client is gone is no concern of ours.
 func respond(w http.ResponseWriter, r *http.Request, contentType string, body []byte) {
 	// A client that does not read its answer is cut off.
 	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(writeTimeout))

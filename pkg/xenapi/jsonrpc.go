@@ -20,7 +20,7 @@ type jsonCall struct {
 	v2     bool
 }
 
-// decodeJSON reads one JSON-RPC 1.0 or 2.0 request (README 1.3). A batch, a
+// decodeJSON reads one JSON-RPC 1.0 or 2.0 request. A batch, a
 // missing or null id, another version, a key given twice: all malformed.
 func decodeJSON(body []byte, limits Limits) (*jsonCall, error) {
 	if !utf8.Valid(body) {

@@ -10,7 +10,7 @@ import (
 	"github.com/patchd/patchd/pkg/xapi"
 )
 
-// eventMessages are those of event (README 3.1). It has no objects.
+// eventMessages are those of event. It has no objects.
 func eventMessages(m *Model) []*Message {
 	classes := Param{Name: "classes", Type: stringSet}
 	render := m.renderSnapshot

@@ -4,7 +4,7 @@ import (
 	"github.com/patchd/patchd/pkg/xapi"
 )
 
-// patchMessages are those of pool_patch and host_patch (README 4.4).
+// patchMessages are those of pool_patch and host_patch.
 func patchMessages() []*Message {
 	self, host := refParam("self", "pool_patch"), refParam("host", "host")
 	return []*Message{

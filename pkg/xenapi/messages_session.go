@@ -7,7 +7,7 @@ import (
 	"github.com/patchd/patchd/pkg/xapi"
 )
 
-// sessionMessages are the explicit messages of session (README section 2).
+// sessionMessages are the explicit messages of session.
 func sessionMessages() []*Message {
 	ref := RefTo("session")
 	return []*Message{

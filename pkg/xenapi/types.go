@@ -95,7 +95,8 @@ func (t Type) String() string {
 }
 
 // zero is the value a field of type t has when nothing was stored and the
-// table names no default: a record never lacks a field (README fact 4).
+// table names no default: a record never lacks a field, for
+// clients index into records without asking.
 func (t Type) zero() any {
 	switch t.Kind {
 	case KindInt:

@@ -8,7 +8,8 @@ import (
 )
 
 // Int32 is a real integer on the wire: <i4> in XML-RPC, a number in JSON. Only
-// valid_ref_counts holds any (README fact 3).
+// valid_ref_counts of event.from holds any: xen-api reads all other integers as
+// text.
 type Int32 int32
 
 // Date is a moment on the wire, in the form of xapi.FormatTime: of its own type

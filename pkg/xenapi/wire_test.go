@@ -28,7 +28,7 @@ func xmlCall(method string, params ...string) string {
 	return b.String()
 }
 
-// Fact 1: XML-RPC on every path, whatever the content type says.
+// XML-RPC on every path, whatever the content type says.
 func TestEveryPathIsXMLRPC(t *testing.T) {
 	r := newRig(t)
 	ref := string(r.root.Ref)
@@ -46,7 +46,7 @@ func TestEveryPathIsXMLRPC(t *testing.T) {
 	}
 }
 
-// Fact 2, and the headers of README 1.1.
+// The headers, which clients compare whole.
 func TestHeadersOfAnswers(t *testing.T) {
 	r := newRig(t)
 	for path, want := range map[string]string{"/jsonrpc": "application/json", "/": "text/xml"} {
@@ -87,7 +87,7 @@ func TestRecordsOverBothEncodings(t *testing.T) {
 	}
 }
 
-// Fact 5: a failure of the API is HTTP 200; what is no call is 500 in HTML.
+// A failure of the API is HTTP 200; what is no call is 500 in HTML.
 func TestFailuresAndMalformedRequests(t *testing.T) {
 	r := newRig(t)
 	res, body := r.post("/", "", xmlCall("pool.get_all", "OpaqueRef:bad"))
@@ -163,7 +163,7 @@ func TestOldAndChunkedRequests(t *testing.T) {
 	}
 }
 
-// Fact 9: the result of a task is an encoded value; a caller who waits gets it
+// The result of a task is an encoded value; a caller who waits gets it
 // as it is.
 func TestResultsOfTasks(t *testing.T) {
 	r := newRig(t)
@@ -193,7 +193,7 @@ func TestResultsOfTasks(t *testing.T) {
 	}
 }
 
-// Fact 10: a flat array without a session, of what is really served.
+// A flat array without a session, of what is really served.
 func TestListMethodsWithoutASession(t *testing.T) {
 	r := newRig(t)
 	_, body := r.post("/", "", xmlCall("system.listMethods"))

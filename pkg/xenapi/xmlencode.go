@@ -11,7 +11,7 @@ import (
 
 const xmlHeader = `<?xml version="1.0"?>`
 
-// xmlSuccess is the response of a call that gave v (README 1.2).
+// xmlSuccess is the response of a call that gave v.
 func xmlSuccess(v any) []byte {
 	return xmlResponse(map[string]any{"Status": "Success", "Value": v})
 }
@@ -31,7 +31,7 @@ func xmlResponse(v any) []byte {
 }
 
 // XMLValue is the XML-RPC encoding of one value, as task.result holds it:
-// "<value>OpaqueRef:…</value>", "<value></value>" for void (README fact 9).
+// "<value>OpaqueRef:…</value>", "<value></value>" for void.
 func XMLValue(v any) string {
 	var b bytes.Buffer
 	encodeXML(&b, v)

@@ -7,7 +7,7 @@ import (
 	"github.com/patchd/patchd/pkg/xenapi/thincli/xetest"
 )
 
-// The layout of README 6.2: the first key on the left, the others right-aligned
+// The layout of xe: the first key on the left, the others right-aligned
 // four columns behind the longest, two blank lines between records (S1-30).
 func TestPatchListLooksAsXeShowsIt(t *testing.T) {
 	w := newWorld(t, short())
