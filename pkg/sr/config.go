@@ -79,3 +79,14 @@ func Alive(ctx context.Context) error {
 	}
 	return context.Cause(ctx)
 }
+
+// Sound is how a driver begins a call: the reason why ctx has ended, or
+// INVALID_VALUE when a name holds what is not a uuid.
+func Sound(ctx context.Context, names ...Name) error {
+	for _, n := range names {
+		if err := n.Validate(); err != nil {
+			return xapi.NewError(xapi.InvalidValue, "volume", "").Because(err)
+		}
+	}
+	return Alive(ctx)
+}

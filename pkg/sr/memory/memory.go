@@ -138,13 +138,8 @@ var _ sr.Repository = (*repository)(nil)
 
 // enter begins a call; leave ends it.
 func (r *repository) enter(ctx context.Context, names ...sr.Name) (leave func(), err error) {
-	if err := sr.Alive(ctx); err != nil {
+	if err := sr.Sound(ctx, names...); err != nil {
 		return nil, err
-	}
-	for _, n := range names {
-		if err := n.Validate(); err != nil {
-			return nil, xapi.NewError(xapi.InvalidValue, "volume", "").Because(err)
-		}
 	}
 	r.mu.Lock()
 	if r.detached {
