@@ -118,6 +118,9 @@ func TestSecurity_golden_changed(t *testing.T) {
 				"a shorter file": func(golden string) { os.Truncate(golden, 8192) },
 			} {
 				for _, known := range []bool{false, true} {
+					if dir != state && !strings.Contains("one letter in place a link to a file a file beside no filesystem", what) {
+						continue // the same as where images are cloned
+					}
 					if known && (dir != state || !strings.Contains("one letter in place the time of the file set back another image", what)) {
 						continue
 					}

@@ -18,6 +18,7 @@ import (
 // TestSecurity_info_sandbox uploads signed patches whose `info` does what it
 // should not. Each upload ends with a code, soon, and leaves nothing.
 func TestSecurity_info_sandbox(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	h := lab.Start(t, lab.Options{})
 	s := h.Root()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")

@@ -114,6 +114,7 @@ func TestSecurity_roles(t *testing.T) {
 // TestSecurity_http_roles does the same for the paths that take and give files.
 // Who is not known gets 401, the same for what is there and what is not.
 func TestSecurity_http_roles(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	h := lab.Start(t, lab.Options{})
 	root := h.Root()
 	patch := root.MustUpload(&lab.Patch{})

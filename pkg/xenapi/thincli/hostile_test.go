@@ -224,6 +224,34 @@ func TestTooManyConversationsAtOnce(t *testing.T) {
 	}
 }
 
+// Commands of those who have logged in are counted apart from clients that have
+// only connected: strangers keep nobody from working.
+func TestTooManyCommandsAtOnce(t *testing.T) {
+	o := short()
+	o.MaxCommands = 1
+	w := newWorld(t, o)
+	furnish(w)
+	for range 5 {
+		io.WriteString(w.dial(), post("host-list\n"+login)) // and no hello
+	}
+	if got := w.xe("host-list"); got.Exit != 0 {
+		t.Errorf("among strangers: %+v", got)
+	}
+	hold := make(chan struct{})
+	w.holds["pool_patch.pool_apply"] = hold
+	nc := w.dial()
+	io.WriteString(nc, post("patch-pool-apply\nuuid="+uuid(20)+"\n"+login)+opening)
+	<-w.entered
+	if got := w.xe("host-list"); got.Exit != 1 || !strings.Contains(got.Stderr, "Too many commands are running") {
+		t.Errorf("got %+v", got)
+	}
+	close(hold)
+	io.Copy(io.Discard, nc)
+	if got := w.xe("host-list"); got.Exit != 0 {
+		t.Errorf("afterwards: %+v", got)
+	}
+}
+
 func TestCloseEndsWhatRuns(t *testing.T) {
 	w := newWorld(t, short())
 	furnish(w)
