@@ -22,8 +22,7 @@ type Stamp struct {
 // makes one with the stamp's time, a host_patch that claims to be applied and
 // has no stamp goes. An apply in progress is left alone: its job decides.
 //
-// It is given all stamps of the host, and changes at most 100 objects in one
-// transaction.
+// It is given all stamps of the host.
 func (p *Pool) Resync(ctx context.Context, host xapi.Ref, stamps []Stamp) error {
 	seen := map[xapi.UUID]bool{}
 	for _, s := range stamps {
@@ -72,30 +71,51 @@ func (p *Pool) resyncStamp(ctx context.Context, host xapi.Ref, s Stamp) error {
 	})
 }
 
+// dropUnstamped drops the host_patches that claim to be applied and have no
+// stampfile, one by one: a transaction that looks at all of them would grow
+// beyond what the database takes.
 func (p *Pool) dropUnstamped(ctx context.Context, host xapi.Ref, seen map[xapi.UUID]bool) error {
-	return p.Store.Update(ctx, func(tx *store.Tx) error {
-		n := 0
-		for _, ref := range tx.Refs(ClassHostPatch, "host", string(host)) {
-			var hp HostPatch
-			if err := tx.Get(ClassHostPatch, ref, &hp); err != nil {
+	var doomed []xapi.Ref
+	err := p.Store.View(func(v *store.View) error {
+		for _, ref := range v.Refs(ClassHostPatch, "host", string(host)) {
+			hp, err := store.Get[HostPatch](v, ClassHostPatch, ref)
+			if err != nil {
 				return err
 			}
-			var patch Patch
-			if err := tx.Get(ClassPatch, hp.PoolPatch, &patch); err != nil && !xapi.Is(err, xapi.HandleInvalid) {
+			patch, err := store.Get[Patch](v, ClassPatch, hp.PoolPatch)
+			if err != nil && !xapi.Is(err, xapi.HandleInvalid) {
 				return err
 			}
-			if !hp.Applied || seen[patch.UUID] || n >= 30 {
-				continue
-			}
-			n++
-			tx.Delete(ClassHostPatch, ref)
-			if patch.UUID == "" {
-				continue
-			}
-			if err := p.refreshPoolApplied(tx, hp.PoolPatch, ""); err != nil {
-				return err
+			if hp.Applied && !seen[patch.UUID] {
+				doomed = append(doomed, ref)
 			}
 		}
 		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for _, ref := range doomed {
+		if err := p.dropHostPatch(ctx, ref); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (p *Pool) dropHostPatch(ctx context.Context, ref xapi.Ref) error {
+	return p.Store.Update(ctx, func(tx *store.Tx) error {
+		hp, err := store.Read[HostPatch](tx, ClassHostPatch, ref)
+		if xapi.Is(err, xapi.HandleInvalid) || err == nil && !hp.Applied {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		tx.Delete(ClassHostPatch, ref)
+		if !tx.Has(ClassPatch, hp.PoolPatch) {
+			return nil
+		}
+		return p.refreshPoolApplied(tx, hp.PoolPatch, "")
 	})
 }
