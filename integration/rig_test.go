@@ -53,11 +53,18 @@ func hasCode(t testing.TB, err error, code string) []string {
 // run executes a program of the test's own and fails when it fails.
 func run(t testing.TB, name string, args ...string) string {
 	t.Helper()
-	out, err := exec.Command(name, args...).CombinedOutput()
-	if err != nil {
-		t.Fatalf("%s %v: %v\n%s", name, args, err, out)
+	for try := 0; ; try++ {
+		out, err := exec.Command(name, args...).CombinedOutput()
+		if err == nil {
+			return string(out)
+		}
+		// Others take loop devices, and hold mounts between fork and exec.
+		busy := (name == "mount" || name == "umount") && strings.Contains(string(out), "busy")
+		if !busy || try == 250 {
+			t.Fatalf("%s %v: %v\n%s", name, args, err, out)
+		}
+		time.Sleep(20 * time.Millisecond)
 	}
-	return string(out)
 }
 
 // until waits for something to become true.

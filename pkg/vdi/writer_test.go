@@ -13,6 +13,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 	"pgregory.net/rapid"
@@ -76,18 +77,36 @@ func mount(t testing.TB, image string, options string) string {
 		t.Fatal("this test mounts and needs root")
 	}
 	dir := t.TempDir()
-	if out, err := exec.Command("mount", "-t", "ext4", "-o", "loop,"+options, image, dir).CombinedOutput(); err != nil {
-		t.Fatalf("mount: %v\n%s", err, out)
-	}
+	busy(func() bool {
+		out, err := exec.Command("mount", "-t", "ext4", "-o", "loop,"+options, image, dir).CombinedOutput()
+		if err != nil && !bytes.Contains(out, []byte("busy")) {
+			t.Fatalf("mount: %v\n%s", err, out)
+		}
+		return err != nil
+	})
 	t.Cleanup(func() { unmount(t, dir) })
 	return dir
 }
 
 func unmount(t testing.TB, dir string) {
 	t.Helper()
-	err := unix.Unmount(dir, 0)
-	if err != nil && err != unix.EINVAL {
-		t.Errorf("umount %s: %v", dir, err)
+	busy(func() bool {
+		err := unix.Unmount(dir, 0)
+		if err != nil && err != unix.EINVAL && err != unix.EBUSY {
+			t.Errorf("umount %s: %v", dir, err)
+		}
+		return err == unix.EBUSY
+	})
+}
+
+// busy tries again for a while: other processes of the machine take loop
+// devices, and hold mounts for a moment between fork and exec.
+func busy(try func() bool) {
+	for range 250 {
+		if !try() {
+			return
+		}
+		time.Sleep(20 * time.Millisecond)
 	}
 }
 

@@ -4,7 +4,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -67,7 +69,15 @@ func (fs filesystem) mount(t *testing.T) string {
 		run(t, "mount", "-o", "loop", image, dir)
 	}
 	t.Cleanup(func() {
-		if err := unix.Unmount(dir, 0); err != nil {
+		err := unix.Unmount(dir, 0)
+		for range 250 { // others hold a mount for a moment between fork and exec
+			if err != unix.EBUSY {
+				break
+			}
+			time.Sleep(20 * time.Millisecond)
+			err = unix.Unmount(dir, 0)
+		}
+		if err != nil {
 			t.Errorf("unmount %s: %v", dir, err)
 		}
 	})
@@ -76,8 +86,15 @@ func (fs filesystem) mount(t *testing.T) string {
 
 func run(t *testing.T, command ...string) {
 	t.Helper()
-	if out, err := exec.Command(command[0], command[1:]...).CombinedOutput(); err != nil {
-		t.Fatalf("%q: %v\n%s", command, err, out)
+	for try := 0; ; try++ {
+		out, err := exec.Command(command[0], command[1:]...).CombinedOutput()
+		if err == nil {
+			return
+		}
+		if command[0] != "mount" || !strings.Contains(string(out), "busy") || try == 250 {
+			t.Fatalf("%q: %v\n%s", command, err, out)
+		}
+		time.Sleep(20 * time.Millisecond) // another process took the loop device first
 	}
 }
 
