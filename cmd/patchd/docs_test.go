@@ -1,12 +1,17 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/patchd/patchd/integration/lab"
 	"github.com/patchd/patchd/pkg/server"
 )
 
@@ -86,6 +91,50 @@ func TestCommandsInTheDocsExist(t *testing.T) {
 					t.Errorf("%s: `patchd %s`: there is no flag %s", path, m[1], w)
 				}
 			}
+		}
+	}
+}
+
+// The five commands of the README do what it says, word for word.
+func TestReadmeCommandsWork(t *testing.T) {
+	b, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(b), "## From upload to apply in five commands")
+	block, _, _ := strings.Cut(rest, "\nThe same by clients")
+	dir := t.TempDir()
+	key := lab.NewKey(t, "Demo Signer <signer@example.test>")
+	script := "set -e\n"
+	for _, m := range regexp.MustCompile(`(?m)^    \$ (.*)$`).FindAllStringSubmatch(block, -1) {
+		script += m[1] + "\n"
+		if strings.HasSuffix(m[1], "&") {
+			script += "trap 'kill $!; wait $!' EXIT\nuntil patchd status >/dev/null 2>&1; do sleep 0.05; done\n"
+		}
+	}
+	for name, text := range map[string]string{
+		"hello/info.toml": "name-label = \"hello\"\nname-description = \"greets\"\nversion = \"1.0\"\nafter-apply-guidance = [\"restartXAPI\"]\n",
+		"hello/apply":     "#!/bin/sh\necho hello from the patch\n",
+	} {
+		if err := errors.Join(os.MkdirAll(filepath.Dir(filepath.Join(dir, name)), 0o755), os.WriteFile(filepath.Join(dir, name), []byte(text), 0o755)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	cmd := exec.Command("bash", "-c", script)
+	cmd.Dir = dir
+	cmd.WaitDelay = time.Minute
+	if err := os.Symlink(lab.Binary(t), filepath.Join(dir, "patchd")); err != nil {
+		t.Fatal(err)
+	}
+	cmd.Env = append(os.Environ(), "PATH="+dir+":"+os.Getenv("PATH"), "GNUPGHOME="+key.Home(), "PATCHD_STATE_DIR="+dir+"/state",
+		"PATCHD_PATCH_DIR="+dir+"/patches", "PATCHD_LISTEN=127.0.0.1:0", "PATCHD_TLS_LISTEN=127.0.0.1:0")
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	for _, want := range []string{"hello.xsupdate: patch hello 1.0 (", "applied; it asks for: restartXAPI\nhello from the patch\n", "Patch hello  Local storage", "nothing is left of any"} {
+		if !strings.Contains(string(out), want) {
+			t.Errorf("the README's commands do not say %q:\n%s", want, out)
 		}
 	}
 }
