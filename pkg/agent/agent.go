@@ -256,7 +256,7 @@ func (a *Agent) removeScraps() error {
 
 func (a *Agent) recoverEntry(ctx context.Context, entry Entry) error {
 	alive, err := a.Dom0.Alive(runnerGroup(entry.uuid()))
-	if err != nil {
+	if err != nil && !errors.Is(err, dom0.ErrNoGroups) {
 		return err
 	}
 	if alive {
@@ -302,14 +302,24 @@ func interrupted(j pool.Job, said string) *xapi.Error {
 }
 
 // killStrangers ends control groups of jobs that no journal knows: their
-// folder went before the group did.
+// folder went before the group did. Whoever asked a patch for its `info` before
+// this start is dead, too.
 func (a *Agent) killStrangers(ctx context.Context, known map[xapi.UUID]bool) error {
-	groups, err := a.strangeGroups(func(id xapi.UUID) bool { return known[id] })
+	strange, err := a.strangeGroups(func(id xapi.UUID) bool { return known[id] })
 	if err != nil {
 		return err
 	}
-	var errs []error
+	groups, err := a.Dom0.Groups()
+	if err != nil {
+		return err
+	}
 	for _, g := range groups {
+		if strings.HasPrefix(g, "info-") || strings.HasPrefix(g, "sandbox-") {
+			strange = append(strange, g)
+		}
+	}
+	var errs []error
+	for _, g := range strange {
 		errs = append(errs, a.Dom0.Kill(ctx, g, a.Timeouts.Grace))
 	}
 	return errors.Join(errs...)

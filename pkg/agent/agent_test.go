@@ -403,3 +403,19 @@ func (r *rig) untilQueued() {
 	}
 	r.t.Fatal("no job")
 }
+
+// Where there are no control groups a job is refused, and its task ends.
+func TestWithoutControlGroups(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	for _, op := range []string{"spawn", "kill"} {
+		r.machine.FailOn(op, dom0.ErrNoGroups)
+	}
+	r.begin()
+	ref, _ := r.patch()
+	_, err := r.apply(ref)
+	if wantCode(t, err, xapi.InternalError); r.hostPatch(ref) != "absent" {
+		t.Error(r.hostPatch(ref))
+	}
+	r.tidy("at the end")
+}

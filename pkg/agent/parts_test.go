@@ -394,6 +394,10 @@ func TestRecoverStrangers(t *testing.T) {
 	if _, err := r.machine.Spawn(t.Context(), dom0.Cmd{Path: "/x", Args: []string{"x"}, Dir: "/", Stdout: null, Stderr: null, Group: patchGroup(lost)}); err != nil {
 		t.Fatal(err)
 	}
+	asked := dom0.Cmd{Path: "/x", Args: []string{"x"}, Dir: "/", Stdout: null, Stderr: null, Group: "info-" + string(lost)}
+	if _, err := r.machine.Spawn(t.Context(), asked); err != nil {
+		t.Fatal(err)
+	}
 	torn := xapi.NewUUID()
 	r.must(os.MkdirAll(r.agent.journal.path(torn), 0o700))
 	r.must(os.WriteFile(r.agent.journal.path(torn, fileEntry), []byte("{"), 0o600))

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/patchd/patchd/pkg/dom0"
 	"github.com/patchd/patchd/pkg/pool"
 	"github.com/patchd/patchd/pkg/xapi"
 )
@@ -83,10 +84,15 @@ func (e *execution) finish(j pool.Assignment, o pool.Outcome) error {
 	return nil
 }
 
-// killAll ends what may be left of runner and patch.
+// killAll ends what may be left of runner and patch. Where there are no control
+// groups nothing was started.
 func (e *execution) killAll() error {
 	ctx, a := context.WithoutCancel(e.stop), e.agent
-	return errors.Join(a.Dom0.Kill(ctx, runnerGroup(e.id), a.Timeouts.Grace), a.Dom0.Kill(ctx, patchGroup(e.id), a.Timeouts.Grace))
+	err := errors.Join(a.Dom0.Kill(ctx, runnerGroup(e.id), a.Timeouts.Grace), a.Dom0.Kill(ctx, patchGroup(e.id), a.Timeouts.Grace))
+	if errors.Is(err, dom0.ErrNoGroups) {
+		return nil
+	}
+	return err
 }
 
 // settle ends a job whose runner is gone, after a normal end as after a crash.
