@@ -299,6 +299,9 @@ func invariants(t testing.TB, v *victim) {
 	if pids := processes("runner\x00--groups\x00" + v.GroupPrefix()); len(pids) > 0 {
 		t.Errorf("runners are left: %v", pids)
 	}
+	if groups := v.groups(); len(groups) > 0 {
+		t.Errorf("control groups are left: %v", groups)
+	}
 	patches, vdis, hps := v.s.All("pool_patch"), v.s.All("VDI"), v.s.All("host_patch")
 	images := map[string]bool{}
 	for ref, rec := range vdis {
@@ -332,6 +335,23 @@ func invariants(t testing.TB, v *victim) {
 	if log := v.Log(); strings.Contains(log, "panic:") || strings.Contains(log, "panicked") {
 		t.Error("something panicked")
 	}
+}
+
+// groups lists the control groups of this host, once what is just being
+// removed had its time.
+func (v *victim) groups() (found []string) {
+	for range 100 {
+		found = nil
+		for _, pattern := range []string{"/sys/fs/cgroup/*/", "/sys/fs/cgroup/"} {
+			entries, _ := filepath.Glob(pattern + v.GroupPrefix() + "/*/cgroup.procs")
+			found = append(found, entries...)
+		}
+		if len(found) == 0 {
+			break
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	return found
 }
 
 // allEnded waits until no task is pending, and checks that none has ended twice.
