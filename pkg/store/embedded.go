@@ -153,6 +153,10 @@ func quiet(log logrus.FieldLogger) *zap.Logger {
 	return zap.New(core{log: log})
 }
 
+// tooEarly is what etcd calls an error when it ends soon after its first start:
+// its monitor looked before there was anything to see. It looks again later.
+const tooEarly = "failed to update storage version"
+
 type core struct {
 	log    logrus.FieldLogger
 	fields []zapcore.Field
@@ -177,7 +181,7 @@ func (c core) Write(e zapcore.Entry, fields []zapcore.Field) error {
 		f.AddTo(enc)
 	}
 	log := c.log.WithFields(logrus.Fields(enc.Fields)).WithField("etcd", e.Message)
-	if e.Level > zapcore.WarnLevel {
+	if e.Level > zapcore.WarnLevel && e.Message != tooEarly {
 		log.Error("etcd reports an error")
 	} else {
 		log.Debug("etcd warns")
