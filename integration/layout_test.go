@@ -190,3 +190,32 @@ func TestLinksInTheDocsLeadSomewhere(t *testing.T) {
 		}
 	}
 }
+
+// TestEveryModuleHasItsReason compares go.mod with the table of libraries.
+func TestEveryModuleHasItsReason(t *testing.T) {
+	mod, err := os.ReadFile("../go.mod")
+	if err != nil {
+		t.Fatal(err)
+	}
+	page, err := os.ReadFile("../ARCHITECTURE.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	version := regexp.MustCompile(`/v\d+$`)
+	n := 0
+	for _, line := range strings.Split(string(mod), "\n") {
+		f := strings.Fields(line)
+		if len(f) != 2 || !strings.HasPrefix(f[1], "v") || !strings.Contains(f[0], "/") {
+			continue // not the requirement of a module that we import ourselves
+		}
+		n++
+		name := strings.TrimPrefix(version.ReplaceAllString(f[0], ""), "github.com/")
+		name = strings.Replace(name, "go.etcd.io/", "", 1)
+		if !strings.Contains(string(page), name) {
+			t.Errorf("ARCHITECTURE.md does not say why %s is there", f[0])
+		}
+	}
+	if n < 15 {
+		t.Errorf("only %d modules were found in go.mod", n)
+	}
+}

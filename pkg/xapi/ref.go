@@ -1,10 +1,11 @@
 package xapi
 
 import (
-	"crypto/rand"
 	"fmt"
 	"strings"
 	"time"
+
+	"github.com/google/uuid"
 )
 
 // Ref is the opaque reference of one object: "OpaqueRef:" and a lower-case
@@ -41,13 +42,7 @@ func (r Ref) OrNull() Ref {
 type UUID string
 
 // NewUUID makes a random (version 4) uuid.
-func NewUUID() UUID {
-	var b [16]byte
-	rand.Read(b[:]) // never fails: crypto/rand ends the process rather than return an error
-	b[6] = b[6]&0x0f | 0x40
-	b[8] = b[8]&0x3f | 0x80
-	return UUID(fmt.Sprintf("%x-%x-%x-%x-%x", b[0:4], b[4:6], b[6:8], b[8:10], b[10:16]))
-}
+func NewUUID() UUID { return UUID(uuid.NewString()) }
 
 // Valid tells whether u is a uuid in canonical form. A valid UUID holds only
 // hexadecimal digits and dashes, so it is safe as one element of a path.
