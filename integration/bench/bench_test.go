@@ -1,6 +1,7 @@
 //go:build bench
 
-package integration
+// Package bench measures the whole system.
+package bench
 
 import (
 	"crypto/aes"
@@ -139,6 +140,8 @@ func curlPut(t *testing.T, url, cookie, path string) time.Duration {
 	}
 	return took
 }
+
+func TestMain(m *testing.M) { lab.Main(m) }
 
 // TestBench prints the table.
 func TestBench(t *testing.T) {
