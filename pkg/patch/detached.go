@@ -40,7 +40,7 @@ func checkDetached(payload io.Reader, sig Signature, keys *Keyring) (Signature, 
 // Errors: INVALID_PATCH [] when the signature does not hold, by what keys
 // trusts now; ctx's cause when it ends; an error of payload as it is.
 func VerifyDetached(ctx context.Context, payload io.Reader, sig Signature, keys *Keyring, pinned []string) (string, error) {
-	hash := sha256.New()
+	hash := newAhead(sha256.New())
 	src := &source{r: &contextReader{ctx, payload}}
 	tee := io.TeeReader(src, hash)
 	var err error

@@ -79,7 +79,7 @@ func Open(r io.Reader, keys *Keyring, o Options) (*Message, error) {
 }
 
 func newMessage(r io.Reader) *Message {
-	return &Message{source: &source{r: r}, hash: sha256.New()}
+	return &Message{source: &source{r: r}, hash: newAhead(sha256.New())}
 }
 
 func (m *Message) begin(keys *Keyring, o Options) error {
