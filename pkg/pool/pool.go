@@ -179,19 +179,20 @@ func (p *Pool) Record() (xapi.Ref, PoolRecord, error) {
 	return ref, rec, err
 }
 
-// IsNew tells whether the pool has never had an SR: its first start is not
-// done yet.
-func (p *Pool) IsNew() (bool, error) {
+// IsNew tells whether the pool's first start is not done yet. first is the SR
+// that a start which was interrupted has made, or "".
+func (p *Pool) IsNew() (fresh bool, first xapi.Ref, err error) {
 	_, rec, err := p.Record()
 	if err != nil {
-		return false, err
+		return false, "", err
 	}
-	n := 0
 	err = p.Store.View(func(v *store.View) error {
-		n = v.Count(ClassSR)
+		if srs := v.List(ClassSR); len(srs) > 0 {
+			first = srs[0].Ref
+		}
 		return nil
 	})
-	return n == 0 && rec.DefaultSR.IsNull() && rec.OtherConfig[keyReady] == "", err
+	return rec.DefaultSR.IsNull() && rec.OtherConfig[keyReady] == "", first, err
 }
 
 // keyReady in pool.other_config tells that the first start was done once: a

@@ -294,11 +294,14 @@ func (s *Server) ensureStorage(ctx context.Context) error {
 	if err := s.pool.RepairStorage(ctx); err != nil {
 		return fmt.Errorf("repair the storage: %w", err)
 	}
-	fresh, err := s.pool.IsNew()
+	fresh, ref, err := s.pool.IsNew()
 	if err != nil || !fresh {
 		return err
 	}
-	ref, err := s.pool.SRCreate(ctx, pool.SRSpec{
+	if ref != "" {
+		return s.pool.SetDefaultSR(ctx, ref)
+	}
+	ref, err = s.pool.SRCreate(ctx, pool.SRSpec{
 		Host: s.pool.Self, Type: "file", NameLabel: "Local storage", ContentType: "user",
 		NameDescription: "made at the first start", DeviceConfig: map[string]string{"location": s.state.path("sr")},
 		SMConfig: map[string]string{},
