@@ -13,10 +13,11 @@ import (
 
 // checkDetached verifies payload by the signature packets of sig and gives the
 // signature as it was found.
-func checkDetached(payload io.Reader, sig Signature, keys *Keyring) (Signature, error) {
+func checkDetached(feed *feeder, sig Signature, keys *Keyring) (Signature, error) {
 	if err := onlySignatures(sig.Packet); err != nil {
 		return Signature{}, err
 	}
+	payload := io.Reader(feed)
 	if sig.Kind == Cleartext {
 		payload = &signedText{r: payload}
 	}
@@ -24,6 +25,10 @@ func checkDetached(payload io.Reader, sig Signature, keys *Keyring) (Signature, 
 	md, err := openpgp.VerifyDetachedSignatureReader(keys.ring(now), payload, bytes.NewReader(sig.Packet), policy(now.Add(clockSkew)))
 	if err != nil {
 		return Signature{}, unexpected(err)
+	}
+	if sig.Kind == Inline && feed.digest != nil {
+		feed.shared = share(md, feed.digest)
+		defer func() { feed.shared = false }()
 	}
 	if _, err := drain(md.UnverifiedBody); err != nil {
 		return Signature{}, err
@@ -40,19 +45,19 @@ func checkDetached(payload io.Reader, sig Signature, keys *Keyring) (Signature, 
 // Errors: INVALID_PATCH [] when the signature does not hold, by what keys
 // trusts now; ctx's cause when it ends; an error of payload as it is.
 func VerifyDetached(ctx context.Context, payload io.Reader, sig Signature, keys *Keyring, pinned []string) (string, error) {
-	hash := newAhead(sha256.New())
+	hash := sha256.New()
 	src := &source{r: &contextReader{ctx, payload}}
-	tee := io.TeeReader(src, hash)
+	feed := &feeder{r: src, digest: hash}
 	var err error
 	switch sig.Kind {
 	case Inline, Cleartext:
-		_, err = checkDetached(tee, sig, keys)
+		_, err = checkDetached(feed, sig, keys)
 	case Pinned:
 	default:
 		err = fmt.Errorf("unknown kind of signature %.32q", sig.Kind)
 	}
 	if src.err == nil {
-		_, _ = drain(tee) // its error is that of src
+		_, _ = drain(feed) // its error is that of src
 	}
 	if src.err != nil {
 		return "", fmt.Errorf("read the payload: %w", src.err)

@@ -52,6 +52,7 @@ type Message struct {
 	compressed bool
 	kind       SignatureKind
 	hash       hash.Hash
+	shared     bool // the library feeds hash
 	size       int64
 	sum        string // of the payload that was read to its end
 	sig        Signature
@@ -79,7 +80,7 @@ func Open(r io.Reader, keys *Keyring, o Options) (*Message, error) {
 }
 
 func newMessage(r io.Reader) *Message {
-	return &Message{source: &source{r: r}, hash: newAhead(sha256.New())}
+	return &Message{source: &source{r: r}, hash: sha256.New()}
 }
 
 func (m *Message) begin(keys *Keyring, o Options) error {
@@ -147,6 +148,7 @@ func (m *Message) openInline(r *bufio.Reader, keys *Keyring, o Options) error {
 		return errors.New("the message is not signed, or is encrypted")
 	}
 	m.body, m.details = md.UnverifiedBody, md
+	m.shared = share(md, m.hash)
 	m.finish = func(string) (Signature, error) {
 		if !f.finished {
 			return Signature{}, errors.New("the message was not read to its end")
@@ -171,7 +173,7 @@ func (m *Message) openCleartext(r *bufio.Reader, keys *Keyring, o Options) error
 		return err
 	}
 	m.packets, m.size = packets, int64(len(payload))
-	sig, err := checkDetached(bytes.NewReader(payload), Signature{Kind: Cleartext, Packet: packets}, keys)
+	sig, err := checkDetached(&feeder{r: bytes.NewReader(payload)}, Signature{Kind: Cleartext, Packet: packets}, keys)
 	if err != nil {
 		return err
 	}
@@ -216,7 +218,9 @@ func (m *Message) Read(p []byte) (int, error) {
 		return 0, nil
 	}
 	n, err := m.body.Read(p)
-	m.hash.Write(p[:n])
+	if !m.shared {
+		m.hash.Write(p[:n])
+	}
 	m.size += int64(n)
 	if err == io.EOF {
 		err = m.end()
