@@ -90,7 +90,7 @@ func (m *Message) begin(keys *Keyring, o Options) error {
 	if o.Limits.Decompressed <= 0 {
 		o.Limits.Decompressed = DefaultDecompressed
 	}
-	if err := m.open(bufio.NewReaderSize(m.source, 64<<10), keys, o); err != nil {
+	if err := m.open(bufio.NewReaderSize(m.source, 256<<10), keys, o); err != nil {
 		return m.coded(err)
 	}
 	return nil
