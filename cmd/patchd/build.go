@@ -133,7 +133,7 @@ func fillImage(ctx context.Context, f *os.File, payload io.Reader, size int64) e
 	if err := f.Truncate(virtual); err != nil {
 		return err
 	}
-	w, err := vdi.NewWriter(ctx, f, virtual, size)
+	w, err := vdi.NewWriter(ctx, f, virtual, size, vdi.Options{})
 	if err != nil {
 		return err
 	}

@@ -79,7 +79,7 @@ func (a *Agent) intake(ctx context.Context, r io.Reader, image *os.File, size in
 	if err != nil {
 		return t, err
 	}
-	w, err := vdi.NewWriter(ctx, image, size, -1)
+	w, err := vdi.NewWriter(ctx, image, size, -1, vdi.Options{})
 	if err != nil {
 		return t, err
 	}
@@ -87,9 +87,11 @@ func (a *Agent) intake(ctx context.Context, r io.Reader, image *os.File, size in
 		w.Abort()
 		return t, err
 	}
-	if t.Payload, err = w.Finish(ctx); err != nil {
+	done, err := w.Finish(ctx)
+	if err != nil {
 		return t, err
 	}
+	t.Payload = done.Size
 	t.Digest, t.Signature = msg.Digest(), msg.Signature()
 	return t, nil
 }

@@ -19,6 +19,7 @@ import (
 
 	"github.com/sirupsen/logrus"
 
+	"github.com/patchd/patchd/pkg/dom0"
 	"github.com/patchd/patchd/pkg/sr"
 	"github.com/patchd/patchd/pkg/store"
 	"github.com/patchd/patchd/pkg/xapi"
@@ -45,6 +46,10 @@ type Pool struct {
 	// OwnDirs are folders of patchd's own, where no SR may lie.
 	OwnDirs []string
 
+	// Dom0 is what storage drivers act through, and MountDir where they mount.
+	Dom0     dom0.Dom0
+	MountDir string
+
 	// Local is the agent of this host; set before the first call that needs it.
 	Local LocalHost
 
@@ -66,6 +71,9 @@ type Options struct {
 	PatchDir string
 	OwnDirs  []string
 	KeepFree func(path string) int64
+	// Dom0 and MountDir are handed to the storage drivers; see sr.Config.
+	Dom0     dom0.Dom0
+	MountDir string
 	// Version is this program's version, for the host's software_version.
 	Version string
 	CPUInfo map[string]string
@@ -94,6 +102,7 @@ func Open(ctx context.Context, o Options) (*Pool, error) {
 	p := &Pool{
 		Store: o.Store, Log: o.Log, Drivers: o.Drivers, Now: o.Now,
 		SelfUUID: o.HostUUID, PatchDir: o.PatchDir, OwnDirs: o.OwnDirs, KeepFree: o.KeepFree,
+		Dom0: o.Dom0, MountDir: o.MountDir,
 	}
 	if p.Now == nil {
 		p.Now = time.Now

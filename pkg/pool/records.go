@@ -154,6 +154,15 @@ type VDI struct {
 	SnapshotOf          xapi.Ref          `json:"snapshot_of"`
 	SnapshotTime        time.Time         `json:"snapshot_time"`
 	Tags                []string          `json:"tags"`
+
+	// Map is the digest of the block map that lies beside the image, lower-case
+	// hexadecimal; "" when there is none, as for a VDI that may be written to.
+	Map string `json:"_map,omitempty"`
+	// Damage says what the last check found wrong with the image; "" when it was
+	// good, or never looked at.
+	Damage string `json:"_damage,omitempty"`
+	// Checked is when the whole image was last held against its map.
+	Checked time.Time `json:"_checked,omitzero"`
 }
 
 // SM is one storage driver (class SM).

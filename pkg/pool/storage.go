@@ -128,7 +128,7 @@ func (p *Pool) driver(typ string) (sr.Driver, error) {
 }
 
 func (p *Pool) config(uuid xapi.UUID, device, sm map[string]string) sr.Config {
-	return sr.Config{SR: uuid, Device: device, SM: sm, KeepFree: p.KeepFree}
+	return sr.Config{SR: uuid, Device: device, SM: sm, KeepFree: p.KeepFree, Dom0: p.Dom0, MountDir: p.MountDir}
 }
 
 // Repository gives the repository of an SR that is plugged on this host. Code:

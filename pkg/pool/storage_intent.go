@@ -9,6 +9,7 @@ import (
 
 	"github.com/patchd/patchd/pkg/sr"
 	"github.com/patchd/patchd/pkg/store"
+	"github.com/patchd/patchd/pkg/vdi"
 	"github.com/patchd/patchd/pkg/xapi"
 )
 
@@ -76,6 +77,9 @@ type NewVDI struct {
 	// Fill writes the content into f, which lies at path and reads as zeros;
 	// it does not close it. Nil: all zeros.
 	Fill func(ctx context.Context, f *os.File, path string) error
+	// Map gives, after Fill, the block map of what was written, which is kept
+	// beside the image; the VDI is then not to be written to any more. Nil: none is kept.
+	Map func() *vdi.Map
 	// Commit adds to the transaction that makes the VDI visible. Nil: nothing.
 	Commit func(tx *store.Tx, vdi xapi.Ref) error
 }
@@ -185,6 +189,10 @@ func (p *Pool) bear(ctx context.Context, b birth, make func(context.Context, sr.
 	if err := make(ctx, b.repo, part); err != nil {
 		return err
 	}
+	digest, err := keepMap(ctx, b, part)
+	if err != nil {
+		return err
+	}
 	if err := b.repo.Rename(ctx, part, live); err != nil {
 		return err
 	}
@@ -198,6 +206,10 @@ func (p *Pool) bear(ctx context.Context, b birth, make func(context.Context, sr.
 	}
 	rec := fullVDI(b.VDI, b.SR, b.uuid)
 	rec.VirtualSize, rec.PhysicalUtilisation = b.VirtualSize, used
+	rec.Map, rec.Damage, rec.Checked = digest, "", time.Time{}
+	if digest != "" {
+		rec.Checked = p.Now().UTC()
+	}
 	return p.Store.Update(ctx, func(tx *store.Tx) error {
 		var in Intent
 		if err := tx.Get(ClassIntent, b.intentRef, &in); err != nil {
@@ -257,7 +269,7 @@ func (p *Pool) unmake(ctx context.Context, b birth) (born bool, err error) {
 // undoVolumes destroys what an intent may have made or was to destroy, and
 // then the intent.
 func (p *Pool) undoVolumes(ctx context.Context, repo sr.Repository, ref xapi.Ref, in Intent) error {
-	err := errors.Join(destroyVolume(ctx, repo, p.part(in)), destroyVolume(ctx, repo, sr.Live(in.VDI)))
+	err := errors.Join(destroyVDI(ctx, repo, p.part(in)), destroyVDI(ctx, repo, sr.Live(in.VDI)))
 	if err != nil {
 		return err
 	}
@@ -271,6 +283,11 @@ func destroyVolume(ctx context.Context, repo sr.Repository, n sr.Name) error {
 		return nil
 	}
 	return repo.Destroy(ctx, n)
+}
+
+// destroyVDI destroys an image and the map beside it.
+func destroyVDI(ctx context.Context, repo sr.Repository, n sr.Name) error {
+	return errors.Join(destroyVolume(ctx, repo, n), destroyVolume(ctx, repo, n.Map()))
 }
 
 // closeIntent deletes an intent that is done with.

@@ -154,7 +154,7 @@ func (p *Pool) finishDestroy(ctx context.Context, repo sr.Repository, intentRef 
 		return err
 	}
 	live := sr.Live(in.VDI)
-	if err := destroyVolume(ctx, repo, live); err != nil {
+	if err := destroyVDI(ctx, repo, live); err != nil {
 		if _, gone := repo.Path(ctx, live); xapi.Is(gone, xapi.VDINotAvailable) {
 			return joinUndo(err, nil)
 		}

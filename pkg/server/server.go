@@ -145,6 +145,7 @@ func (s *Server) openPool(ctx context.Context, hostname string) error {
 	s.pool, err = pool.Open(ctx, pool.Options{
 		Store: s.store, Log: s.log, Drivers: all.Drivers(), HostUUID: host, Hostname: hostname,
 		Address: s.address(), PatchDir: s.config.PatchDir, OwnDirs: s.ownDirs(), KeepFree: s.state.keepFree(s.dom0), Version: s.version,
+		Dom0: s.dom0, MountDir: s.state.path("mnt"),
 	})
 	if err != nil {
 		return err

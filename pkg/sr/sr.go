@@ -41,6 +41,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/patchd/patchd/pkg/dom0"
 	"github.com/patchd/patchd/pkg/xapi"
 )
 
@@ -86,6 +87,12 @@ type Config struct {
 	// that the database that may lie there never meets a full disk. A
 	// repository that shares no filesystem with the state directory has 0.
 	KeepFree func(path string) int64
+	// Dom0 is how a driver acts on the operating system: makes a filesystem,
+	// mounts, runs the tools of a volume manager.
+	Dom0 dom0.Dom0
+	// MountDir is the folder of this host below which a driver may mount, at
+	// MountDir/<SR uuid>; made on demand.
+	MountDir string
 }
 
 // Driver is one kind of storage.
@@ -189,6 +196,9 @@ const (
 	KindLive Kind = "vdi"  // a VDI
 	KindPart Kind = "part" // a VDI in the making
 	KindWork Kind = "work" // a clone or copy that one job uses
+
+	KindMap     Kind = "map"     // the block map of a VDI
+	KindMapPart Kind = "mappart" // the block map of a VDI in the making
 )
 
 // Owner is whose working data a volume is: our own intent, written into its name.
@@ -201,7 +211,7 @@ type Owner struct {
 type Name struct {
 	Kind  Kind
 	VDI   xapi.UUID
-	Owner Owner // zero for a live volume
+	Owner Owner // zero for a live volume and its map
 }
 
 // Live names the volume of a VDI.
@@ -213,11 +223,25 @@ func Part(o Owner, vdi xapi.UUID) Name { return Name{Kind: KindPart, VDI: vdi, O
 // Work names working data of a job.
 func Work(o Owner, id xapi.UUID) Name { return Name{Kind: KindWork, VDI: id, Owner: o} }
 
-// String is the name as drivers write it: the bare uuid of a live volume, or
-// kind and the four uuids joined by a dot. It is safe as one element of a path.
+// Map names the block map that belongs to a live volume or to a part.
+func (n Name) Map() Name {
+	if n.Kind == KindPart {
+		n.Kind = KindMapPart
+	} else {
+		n.Kind = KindMap
+	}
+	return n
+}
+
+// String is the name as drivers write it: the bare uuid of a live volume, "map"
+// and that uuid, or kind and the four uuids, joined by a dot. It is safe as one
+// element of a path.
 func (n Name) String() string {
-	if n.Kind == KindLive {
+	switch n.Kind {
+	case KindLive:
 		return string(n.VDI)
+	case KindMap:
+		return string(KindMap) + "." + string(n.VDI)
 	}
 	return strings.Join([]string{string(n.Kind), string(n.Owner.Pool), string(n.Owner.Host), string(n.Owner.Job), string(n.VDI)}, ".")
 }
@@ -226,8 +250,8 @@ func (n Name) String() string {
 func (n Name) Validate() error {
 	ids := []xapi.UUID{n.VDI}
 	switch n.Kind {
-	case KindLive:
-	case KindPart, KindWork:
+	case KindLive, KindMap:
+	case KindPart, KindMapPart, KindWork:
 		ids = append(ids, n.Owner.Pool, n.Owner.Host, n.Owner.Job)
 	default:
 		return fmt.Errorf("volume of unknown kind %.32q", n.Kind)
@@ -246,15 +270,14 @@ func ParseName(s string) (n Name, ok bool) {
 	switch len(f) {
 	case 1:
 		n = Live(xapi.UUID(f[0]))
+	case 2:
+		n = Name{Kind: Kind(f[0]), VDI: xapi.UUID(f[1])}
 	case 5:
 		n = Name{Kind: Kind(f[0]), VDI: xapi.UUID(f[4]), Owner: Owner{xapi.UUID(f[1]), xapi.UUID(f[2]), xapi.UUID(f[3])}}
-		if n.Kind == KindLive {
-			return Name{}, false
-		}
 	default:
 		return Name{}, false
 	}
-	if n.Validate() != nil {
+	if n.Validate() != nil || n.String() != s {
 		return Name{}, false
 	}
 	return n, true

@@ -124,6 +124,7 @@ type patchUpload struct {
 	where   sr.Candidate
 	repo    sr.Repository
 	message *patch.Message
+	image   vdi.Written
 	info    patch.Info
 	ref     xapi.Ref
 }
@@ -159,6 +160,7 @@ func (u *patchUpload) run(ctx context.Context) (xapi.Ref, error) {
 			OtherConfig: map[string]string{},
 		},
 		Fill:   func(ctx context.Context, f *os.File, path string) error { return u.fill(ctx, f, path, size, length) },
+		Map:    func() *vdi.Map { return u.image.Map },
 		Commit: u.commit,
 	})
 	if err != nil {
@@ -250,7 +252,7 @@ func noRoom(where sr.Candidate, err error) error {
 
 // fill streams the payload into the image, checks it and asks it what it is.
 func (u *patchUpload) fill(ctx context.Context, f *os.File, path string, size, expect int64) error {
-	w, err := vdi.NewWriter(ctx, f, size, expect)
+	w, err := vdi.NewWriter(ctx, f, size, expect, vdi.Options{})
 	if err != nil {
 		return err
 	}
@@ -258,7 +260,7 @@ func (u *patchUpload) fill(ctx context.Context, f *os.File, path string, size, e
 	if err := u.stream(ctx, w); err != nil {
 		return u.noRoom(err)
 	}
-	if _, err := w.Finish(ctx); err != nil {
+	if u.image, err = w.Finish(ctx); err != nil {
 		return u.noRoom(err)
 	}
 	u.info, err = patch.Query(ctx, u.h.Dom0, path, u.h.InfoTimeout)

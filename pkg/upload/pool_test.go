@@ -77,8 +77,8 @@ func TestUploadWithTheRealPool(t *testing.T) {
 	if rec := upload(); rec.Status != task.Failure || !slices.Equal(rec.ErrorInfo, []string{xapi.PatchAlreadyExists, string(uuid)}) {
 		t.Errorf("a second upload: %v %v", rec.Status, rec.ErrorInfo)
 	}
-	if vols, _ := e.pool.repo.Scan(context.Background()); len(vols) != 1 {
-		t.Errorf("volumes: %v", vols)
+	if vols, _ := e.pool.repo.Scan(context.Background()); len(vols) != 2 || vols[1].Name != vols[0].Name.Map() {
+		t.Errorf("not just an image and its block map: %v", vols)
 	}
 	if err := p.VDIDestroy(context.Background(), rec.VDI); err != nil {
 		t.Fatal(err)

@@ -14,7 +14,7 @@ func BenchmarkFill1GiB(b *testing.B) {
 		b.SetBytes(gib)
 		for range b.N {
 			f := fresh(b, 4*gib)
-			w, err := NewWriter(context.Background(), f, 4*gib, gib)
+			w, err := NewWriter(context.Background(), f, 4*gib, gib, Options{})
 			if err != nil {
 				b.Fatal(err)
 			}

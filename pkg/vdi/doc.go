@@ -6,10 +6,10 @@
 //
 //	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 //	err = f.Truncate(size)              // a fresh sparse file, or a volume that reads as zeros
-//	w, err := vdi.NewWriter(ctx, f, size, length)
+//	w, err := vdi.NewWriter(ctx, f, size, length, vdi.Options{})
 //	defer w.Abort()
 //	_, err = io.Copy(w, payload)
-//	n, err := w.Finish(ctx)             // n bytes are durable in the file `patch`
+//	done, err := w.Finish(ctx)          // done.Size bytes are durable in the file `patch`
 //
 // The bytes go straight to their place in the image: neither root nor a mount
 // nor a loop device is needed, and memory does not grow with the size. The

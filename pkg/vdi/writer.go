@@ -51,13 +51,22 @@ type Writer struct {
 	used   int64 // blocks of layout.ready that are filled
 }
 
+// Options steer a Writer; the zero value is right for a patch.
+type Options struct{}
+
+// Written is what a Writer has made.
+type Written struct {
+	Size int64 // of `patch`, in bytes
+	Map  *Map  // of the whole image
+}
+
 // NewWriter begins an image of virtualSize bytes in f: a sparse file just made
 // with O_EXCL, or a block device that reads as zeros. expect is the payload's
 // likely length in bytes, -1 when not known; fewer bytes may come, and more as
 // far as the image holds them. When ctx ends, so does writing.
 //
 // Codes: MESSAGE_TOO_LARGE when the image cannot hold expect bytes.
-func NewWriter(ctx context.Context, f *os.File, virtualSize, expect int64) (*Writer, error) {
+func NewWriter(ctx context.Context, f *os.File, virtualSize, expect int64, _ Options) (*Writer, error) {
 	if virtualSize < minSize || virtualSize%blockSize != 0 {
 		return nil, fmt.Errorf("image of %d bytes: smaller than %d, or not in blocks of %d", virtualSize, minSize, blockSize)
 	}
@@ -135,12 +144,12 @@ func (w *Writer) Write(p []byte) (int, error) {
 }
 
 // Finish waits until every byte is written, writes the filesystem around them
-// and syncs the image. It gives the size of `patch` in bytes.
+// and syncs the image.
 //
 // Codes: MESSAGE_TOO_LARGE.
-func (w *Writer) Finish(ctx context.Context) (int64, error) {
+func (w *Writer) Finish(ctx context.Context) (Written, error) {
 	if w.ended {
-		return 0, errAborted
+		return Written{}, errAborted
 	}
 	w.ended = true
 	if w.cur != nil {
@@ -152,27 +161,31 @@ func (w *Writer) Finish(ctx context.Context) (int64, error) {
 	<-w.done
 	defer w.release()
 	if err := w.failure(); err != nil {
-		return 0, err
+		return Written{}, err
 	}
 	if err := ctx.Err(); err != nil {
-		return 0, context.Cause(ctx)
+		return Written{}, context.Cause(ctx)
 	}
 	if err := w.layout.take(w.used); err != nil {
-		return 0, w.layoutError(err)
+		return Written{}, w.layoutError(err)
 	}
 	if err := w.layout.finish(w.total, time.Now()); err != nil {
-		return 0, err
+		return Written{}, err
 	}
 	if err := w.layout.pages.writeTo(w.f); err != nil {
-		return 0, fmt.Errorf("write filesystem: %w", err)
+		return Written{}, fmt.Errorf("write filesystem: %w", err)
 	}
 	if err := fault.Point("vdi.sync"); err != nil {
-		return 0, err
+		return Written{}, err
 	}
 	if err := w.f.Sync(); err != nil {
-		return 0, fmt.Errorf("sync image: %w", err)
+		return Written{}, fmt.Errorf("sync image: %w", err)
 	}
-	return w.total, fault.Point("vdi.sync.done")
+	m, err := BuildMap(ctx, w.f, w.size)
+	if err != nil {
+		return Written{}, err
+	}
+	return Written{w.total, m}, fault.Point("vdi.sync.done")
 }
 
 // Abort ends the writer and lets go of its memory; the image then holds no

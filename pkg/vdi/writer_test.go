@@ -46,7 +46,7 @@ func fresh(t testing.TB, size int64) *os.File {
 func write(t testing.TB, size, expect int64, r io.Reader) (*os.File, int64) {
 	t.Helper()
 	f := fresh(t, size)
-	w, err := NewWriter(context.Background(), f, size, expect)
+	w, err := NewWriter(context.Background(), f, size, expect, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -54,7 +54,8 @@ func write(t testing.TB, size, expect int64, r io.Reader) (*os.File, int64) {
 	if _, err := io.Copy(w, r); err != nil {
 		t.Fatal(err)
 	}
-	n, err := w.Finish(context.Background())
+	done, err := w.Finish(context.Background())
+	n := done.Size
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -288,7 +289,7 @@ func TestWriteFillsTheWholeImageAndRefusesMore(t *testing.T) {
 	for _, size := range []int64{4 * mib, 200 * mib, 700 * mib} {
 		t.Run(fmt.Sprint(size/mib, " MiB"), func(t *testing.T) {
 			f := fresh(t, size)
-			w, err := NewWriter(context.Background(), f, size, -1)
+			w, err := NewWriter(context.Background(), f, size, -1, Options{})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -328,7 +329,7 @@ func TestNewWriterRefuses(t *testing.T) {
 		{"more than the image holds", fresh(t, 4*mib), 4 * mib, 5 * mib, xapi.MessageTooLarge},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			w, err := NewWriter(context.Background(), c.f, c.size, c.expect)
+			w, err := NewWriter(context.Background(), c.f, c.size, c.expect, Options{})
 			if err == nil {
 				w.Abort()
 			}
@@ -353,7 +354,7 @@ func TestWriteOnAFullDiskKeepsENOSPC(t *testing.T) {
 	if err := f.Truncate(64 * mib); err != nil {
 		t.Fatal(err)
 	}
-	w, err := NewWriter(context.Background(), f, 64*mib, -1)
+	w, err := NewWriter(context.Background(), f, 64*mib, -1, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -369,7 +370,7 @@ func TestWriteOnAFullDiskKeepsENOSPC(t *testing.T) {
 func TestCancelEndsWriting(t *testing.T) {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	f := fresh(t, 64*mib)
-	w, err := NewWriter(ctx, f, 64*mib, -1)
+	w, err := NewWriter(ctx, f, 64*mib, -1, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -389,7 +390,7 @@ func TestCancelEndsWriting(t *testing.T) {
 
 func TestAbortLeavesNoFilesystem(t *testing.T) {
 	f := fresh(t, 64*mib)
-	w, err := NewWriter(context.Background(), f, 64*mib, -1)
+	w, err := NewWriter(context.Background(), f, 64*mib, -1, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -437,7 +438,7 @@ func TestWriteReadsBack(t *testing.T) {
 		}
 		defer f.Close()
 		f.Truncate(size)
-		w, err := NewWriter(context.Background(), f, size, rapid.SampledFrom([]int64{-1, n, min(n+4096, size), n / 2}).Draw(rt, "expected"))
+		w, err := NewWriter(context.Background(), f, size, rapid.SampledFrom([]int64{-1, n, min(n+4096, size), n / 2}).Draw(rt, "expected"), Options{})
 		if err != nil {
 			rt.Fatal(err)
 		}
@@ -449,8 +450,8 @@ func TestWriteReadsBack(t *testing.T) {
 			}
 			rest = rest[k:]
 		}
-		if got, err := w.Finish(context.Background()); err != nil || got != n {
-			rt.Fatalf("Finish: %d, %v; want %d", got, err, n)
+		if got, err := w.Finish(context.Background()); err != nil || got.Size != n {
+			rt.Fatalf("Finish: %d, %v; want %d", got.Size, err, n)
 		}
 		if out, err := exec.Command("e2fsck", "-fn", f.Name()).CombinedOutput(); err != nil {
 			rt.Fatalf("e2fsck: %v\n%s", err, out)

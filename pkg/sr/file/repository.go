@@ -18,8 +18,11 @@ import (
 	"github.com/patchd/patchd/pkg/xapi"
 )
 
-// suffix ends the name of every volume's file.
-const suffix = ".img"
+// How the name of a volume's file ends: that of a VDI's block map, and all others.
+const (
+	suffix    = ".img"
+	mapSuffix = ".map"
+)
 
 // repository is an attached folder. Calls hold mu for reading, Detach for
 // writing: the descriptor is not closed under a running call.
@@ -47,7 +50,25 @@ func (r *repository) enter(ctx context.Context, names ...sr.Name) (leave func(),
 	return r.mu.RUnlock, nil
 }
 
-func fileName(n sr.Name) string { return n.String() + suffix }
+// fileName is the file of volume n: <uuid>.img of a VDI, <uuid>.map of its block
+// map, and the whole name of working data.
+func fileName(n sr.Name) string {
+	if n.Kind == sr.KindMap {
+		return string(n.VDI) + mapSuffix
+	}
+	return n.String() + suffix
+}
+
+// volumeName is the volume whose file has that name, if it is one of ours.
+func volumeName(file string) (n sr.Name, ok bool) {
+	if base, isMap := strings.CutSuffix(file, mapSuffix); isMap {
+		n = sr.Live(xapi.UUID(base)).Map()
+		return n, n.Validate() == nil
+	}
+	base, ours := strings.CutSuffix(file, suffix)
+	n, ok = sr.ParseName(base)
+	return n, ok && ours && n.Kind != sr.KindMap
+}
 
 // volumeError says what went wrong with volume n, with a code.
 func volumeError(err error, verb string, n sr.Name) error {
@@ -130,9 +151,8 @@ func scan(ctx context.Context, folder *os.File) ([]sr.Volume, error) {
 	volumes := []sr.Volume{}
 	var failed error
 	err := eachName(folder, func(name string) bool {
-		base, ours := strings.CutSuffix(name, suffix)
-		n, ok := sr.ParseName(base)
-		if !ours || !ok {
+		n, ours := volumeName(name)
+		if !ours {
 			return true
 		}
 		if failed = sr.Alive(ctx); failed != nil {
@@ -165,8 +185,7 @@ func (r *repository) Strangers(ctx context.Context, limit int) (names []string, 
 	}
 	defer leave()
 	err = eachName(r.folder, func(name string) bool {
-		base, image := strings.CutSuffix(name, suffix)
-		if n, ok := sr.ParseName(base); name == markerName || image && ok && isVolume(r.folder, n) {
+		if n, ours := volumeName(name); name == markerName || ours && isVolume(r.folder, n) {
 			return true
 		}
 		total++
