@@ -6,7 +6,9 @@ N ?= 40
 SEED ?= 1
 FUZZTIME ?= 60s
 
-.PHONY: build demo test lint bench fuzz soak deps clean
+NAME ?= last
+
+.PHONY: build demo test lint bench bench-compare fuzz soak deps clean
 
 build: ## a static bin/patchd
 	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/patchd ./cmd/patchd
@@ -24,8 +26,11 @@ test: deps ## everything that must hold; needs root
 lint: ## gofmt, vet, staticcheck
 	scripts/lint.sh
 
-bench: deps ## the measured targets, as ratios to a baseline in the same run
-	scripts/bench.sh
+bench: deps ## the measured targets, as ratios to a baseline in the same run: make bench NAME=mine ONLY='put|copy'
+	scripts/bench.sh '$(NAME)' '$(ONLY)'
+
+bench-compare: ## two named runs of the benchmarks: make bench-compare OLD=one NEW=other
+	go tool benchstat bench-results/$(OLD).txt bench-results/$(NEW).txt
 
 fuzz: ## each fuzz target for FUZZTIME
 	scripts/fuzz.sh $(FUZZTIME)

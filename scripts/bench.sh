@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Prints one table of what was measured, as ratios to baselines in the same run.
+# Prints one table of what was measured, as ratios to baselines in the same run,
+# and keeps the samples: scripts/bench.sh [NAME [PATTERN]].
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH=$PATH:/usr/sbin:/sbin CGO_ENABLED=0
-exec go test -tags bench -count=1 -timeout 60m -run '^TestBench$' -v ./integration/bench
+export PATCHD_BENCH_OUT=$PWD/bench-results/${1:-last}.txt PATCHD_BENCH_ONLY=${2:-}
+exec go test -tags bench -count=1 -timeout 90m -run '^TestBench$' -v ./integration/bench
