@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/patchd/patchd/pkg/dom0"
 	"github.com/patchd/patchd/pkg/fault"
 	"github.com/patchd/patchd/pkg/xapi"
 )
@@ -51,8 +52,38 @@ type Writer struct {
 	used   int64 // blocks of layout.ready that are filled
 }
 
+// LayoutKind says who makes the filesystem of an image.
+type LayoutKind string
+
+// The layout writers.
+const (
+	// LayoutAuto takes mke2fs for large images where it is installed, else go.
+	LayoutAuto LayoutKind = ""
+	// LayoutGo is go-diskfs, in memory.
+	LayoutGo LayoutKind = "go"
+	// LayoutMke2fs is mke2fs of e2fsprogs with a "hugefile".
+	LayoutMke2fs LayoutKind = "mke2fs"
+)
+
 // Options steer a Writer; the zero value is right for a patch.
-type Options struct{}
+type Options struct {
+	// Layout chooses the layout writer.
+	Layout LayoutKind
+	// Dom0 runs mke2fs; nil: only LayoutGo.
+	Dom0 dom0.Dom0
+	// Buffer is the size of one buffer in bytes; 0: the default. The bytes that
+	// Flushed is behind Write are at most those of a few buffers.
+	Buffer int
+	// Done is how many bytes of the payload, a multiple of 4096, stand in the
+	// image already: an earlier Writer with the same size, expect and Layout
+	// wrote them and was interrupted. Resume reads them; they must be given to
+	// Write again, which does not write them.
+	Done int64
+	// Over tells that the image is a copy of one made here whose `patch` has
+	// as many blocks as expect needs (see Fits). Blocks that are the same are
+	// not written.
+	Over bool
+}
 
 // Written is what a Writer has made.
 type Written struct {
