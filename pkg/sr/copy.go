@@ -21,35 +21,107 @@ const roomEvery = 64 << 20
 // dst is refused for want of room before anything is written, and again while
 // it is (OUT_OF_SPACE). On any failure, and when ctx ends, dstName is gone.
 func Copy(ctx context.Context, dst Repository, dstName Name, src Repository, srcName Name, progress func(done, total int64)) error {
+	return CopyVerified(ctx, dst, dstName, src, srcName, nil, false, progress)
+}
+
+// CopyVerified is Copy of a volume that has the block map m: what dstName holds
+// in the end is as the map says, and was read or passed through a hash to know
+// it, a clone too. A source that is not as the map says is a *vdi.DamageError.
+// Without a map it is Copy.
+//
+// With resume dstName may be there already, from an earlier call that did not
+// come to its end: what of it is as the map says is kept. It then stays after a
+// failure, for the next call to go on; the caller destroys it when there will be none.
+func CopyVerified(ctx context.Context, dst Repository, dstName Name, src Repository, srcName Name, m *vdi.Map, resume bool, progress func(done, total int64)) error {
+	c := copying{repo: dst, name: dstName, m: m, resume: resume && m != nil, progress: progress}
+	var undo xapi.Undo
+	if !c.resume {
+		undo.Push("destroy copy", func(ctx context.Context) error { return dst.Destroy(ctx, dstName) })
+	}
 	if dst == src && Has(src.Features(), VDIClone) {
-		_, err := src.Clone(ctx, srcName, dstName)
-		return err
+		made, err := c.clone(ctx, srcName)
+		if !made {
+			return err
+		}
+		return undo.Close(ctx, err)
 	}
 	from, err := src.Open(ctx, srcName, ReadOnly)
 	if err != nil {
 		return err
 	}
 	defer from.Close()
-	size, err := length(from)
-	if err != nil {
+	if err := c.make(ctx, from); err != nil {
 		return err
 	}
-	if err := enoughRoom(ctx, dst, from); err != nil {
-		return err
-	}
-	if _, err := dst.Create(ctx, dstName, size); err != nil {
-		return err
-	}
-	var undo xapi.Undo
-	undo.Push("destroy copy", func(ctx context.Context) error { return dst.Destroy(ctx, dstName) })
-	return undo.Close(ctx, CopyInto(ctx, dst, dstName, from, progress))
+	return undo.Close(ctx, c.into(ctx, from))
 }
 
 // CopyInto copies all bytes of from into the existing volume dstName, which
 // must be as large at least and read as zeros, and syncs it. What it has
 // written when it fails stays.
-func CopyInto(ctx context.Context, dst Repository, dstName Name, from *os.File, progress func(done, total int64)) (err error) {
-	to, err := dst.Open(ctx, dstName, ReadWrite)
+func CopyInto(ctx context.Context, dst Repository, dstName Name, from *os.File, progress func(done, total int64)) error {
+	return copying{repo: dst, name: dstName, progress: progress}.into(ctx, from)
+}
+
+// copying is one copy into volume name of repo.
+type copying struct {
+	repo     Repository
+	name     Name
+	m        *vdi.Map // nil: not verified
+	resume   bool
+	progress func(done, total int64)
+}
+
+// clone makes the volume as a clone and verifies it. made tells whether there is
+// a volume that is to be undone on a failure.
+func (c copying) clone(ctx context.Context, srcName Name) (made bool, err error) {
+	_, err = c.repo.Clone(ctx, srcName, c.name)
+	there := c.resume && errors.Is(err, os.ErrExist)
+	if c.m == nil || err != nil && !there {
+		return false, err
+	}
+	f, err := c.repo.Open(ctx, c.name, ReadOnly)
+	if err != nil {
+		return !there, err
+	}
+	defer f.Close()
+	if err := c.m.Verify(ctx, f, c.progress); err != nil {
+		return !there, fmt.Errorf("clone to volume %s: %w", c.name, err)
+	}
+	return !there, nil
+}
+
+// make makes the volume for the bytes of from, unless it is there to be resumed.
+func (c copying) make(ctx context.Context, from *os.File) error {
+	size, err := length(from)
+	if err != nil {
+		return err
+	}
+	if c.m != nil {
+		size = c.m.Size // a volume that was rounded up is not what is copied
+	}
+	have := int64(0)
+	if c.resume {
+		f, err := c.repo.Open(ctx, c.name, ReadOnly)
+		if err == nil {
+			have, err = vdi.Allocated(f)
+			err = errors.Join(err, f.Close(), enoughRoom(ctx, c.repo, from, have))
+			return err
+		}
+		if !xapi.Is(err, xapi.VDINotAvailable) {
+			return err
+		}
+	}
+	if err := enoughRoom(ctx, c.repo, from, have); err != nil {
+		return err
+	}
+	_, err = c.repo.Create(ctx, c.name, size)
+	return err
+}
+
+// into copies the bytes of from into the volume.
+func (c copying) into(ctx context.Context, from *os.File) (err error) {
+	to, err := c.repo.Open(ctx, c.name, ReadWrite)
 	if err != nil {
 		return err
 	}
@@ -60,21 +132,23 @@ func CopyInto(ctx context.Context, dst Repository, dstName Name, from *os.File, 
 	}
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
-	err = vdi.Copy(ctx, to, from, watchRoom(ctx, stop, dst, progress))
-	if err == nil {
-		err = to.Sync()
+	watch := watchRoom(ctx, stop, c.repo, c.progress)
+	if c.m != nil {
+		_, err = vdi.CopyVerified(ctx, to, from, c.m, vdi.CopyOptions{Resume: c.resume, Progress: watch})
+	} else {
+		err = vdi.Copy(ctx, to, from, watch)
 	}
 	switch cause := Alive(ctx); {
 	case err == nil:
 	case cause != nil:
-		return fmt.Errorf("copy to volume %s: %w", dstName, cause)
+		return fmt.Errorf("copy to volume %s: %w", c.name, cause)
 	case NoSpace(err):
-		return xapi.NewError(xapi.OutOfSpace, dstName.String()).Because(err)
+		return xapi.NewError(xapi.OutOfSpace, c.name.String()).Because(err)
 	default:
-		return fmt.Errorf("copy to volume %s: %w", dstName, err)
+		return fmt.Errorf("copy to volume %s: %w", c.name, err)
 	}
 	if after, err := length(to); err != nil || after != before {
-		return errors.Join(fmt.Errorf("volume %s changed its size from %d to %d bytes while it was written", dstName, before, after), err)
+		return errors.Join(fmt.Errorf("volume %s changed its size from %d to %d bytes while it was written", c.name, before, after), err)
 	}
 	return nil
 }
@@ -98,11 +172,14 @@ func watchRoom(ctx context.Context, stop context.CancelCauseFunc, dst Repository
 	}
 }
 
-func enoughRoom(ctx context.Context, dst Repository, from *os.File) error {
+// enoughRoom refuses a copy of from when dst has no room for what it takes, less
+// what the copy has already.
+func enoughRoom(ctx context.Context, dst Repository, from *os.File, have int64) error {
 	need, err := vdi.Allocated(from)
 	if err != nil {
 		return fmt.Errorf("measure source of copy: %w", err)
 	}
+	need -= have
 	s, err := dst.Stat(ctx)
 	if err != nil {
 		return err

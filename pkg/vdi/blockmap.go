@@ -3,14 +3,12 @@ package vdi
 import (
 	"bytes"
 	"cmp"
-	"context"
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"slices"
 )
 
@@ -151,92 +149,4 @@ func (m *Map) check(index int64, data []byte) bool {
 	}
 	got := sha256.Sum256(data)
 	return bytes.Equal(got[:], want[:])
-}
-
-// BuildMap reads an image of size bytes and makes its map.
-func BuildMap(ctx context.Context, f *os.File, size int64) (*Map, error) {
-	m := &Map{Size: size}
-	err := eachDataBlock(ctx, f, size, func(index int64, data []byte) error {
-		if !isZero(data) {
-			m.Blocks = append(m.Blocks, Block{index, sha256.Sum256(data)})
-		}
-		return nil
-	})
-	return m, err
-}
-
-// eachDataBlock gives every block with data in it to visit.
-func eachDataBlock(ctx context.Context, f *os.File, size int64, visit func(index int64, data []byte) error) error {
-	buf := make([]byte, MapBlock)
-	for at := int64(0); at < size; {
-		from, _, err := dataAfter(f, at, size)
-		if err != nil {
-			return err
-		}
-		if from >= size {
-			return nil
-		}
-		if err := context.Cause(ctx); err != nil {
-			return err
-		}
-		index := from / MapBlock
-		data := buf[:min(MapBlock, size-index*MapBlock)]
-		if _, err := f.ReadAt(data, index*MapBlock); err != nil {
-			return fmt.Errorf("read block %d: %w", index, err)
-		}
-		if err := visit(index, data); err != nil {
-			return err
-		}
-		at = (index + 1) * MapBlock
-	}
-	return nil
-}
-
-// DamageError says which blocks of an image are not as its map says.
-type DamageError struct {
-	Blocks []int64 // the first ones, in order; at most 16
-	Total  int64
-}
-
-// Error names the blocks.
-func (e *DamageError) Error() string {
-	return fmt.Sprintf("%d of the image's 1 MiB blocks are damaged, first %v", e.Total, e.Blocks)
-}
-
-// Verify holds an image against the map: every block that the map has must be
-// as it says, and everything else zeros. Damage is a *DamageError; progress,
-// when not nil, hears of the blocks that were looked at and of all that hold data.
-func (m *Map) Verify(ctx context.Context, f *os.File, progress func(done, total int64)) error {
-	next := 0
-	damage := &DamageError{}
-	bad := func(index int64) {
-		if damage.Total++; len(damage.Blocks) < 16 {
-			damage.Blocks = append(damage.Blocks, index)
-		}
-	}
-	err := eachDataBlock(ctx, f, m.Size, func(index int64, data []byte) error {
-		for ; next < len(m.Blocks) && m.Blocks[next].Index < index; next++ {
-			bad(m.Blocks[next].Index)
-		}
-		if next < len(m.Blocks) && m.Blocks[next].Index == index {
-			next++
-		}
-		if !m.check(index, data) {
-			bad(index)
-		}
-		if progress != nil {
-			progress(int64(next), int64(len(m.Blocks)))
-		}
-		return nil
-	})
-	if err != nil {
-		return err
-	}
-	for ; next < len(m.Blocks); next++ {
-		bad(m.Blocks[next].Index)
-	}
-	if damage.Total > 0 {
-		return damage
-	}
-	return nil
 }

@@ -6,19 +6,22 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/patchd/patchd/pkg/fault"
 )
 
-// copyStep is how much is copied between two looks at the context.
-const copyStep = 16 * mib
+// copyStep is how much is copied between two looks at the context, and at most
+// in one write.
+const copyStep = 4 * mib
 
 // Copy copies the bytes of src to the same places of dst, which reads as zeros
 // and is at least as long, and syncs dst. Holes stay holes; blocks are shared
 // where one filesystem holds both and can share. progress, when not nil, hears
-// of the bytes passed, holes included, and of src's length.
+// of the bytes passed, holes included, and of src's length; its calls do not overlap.
 //
 // A full disk keeps errors.Is(err, syscall.ENOSPC).
 func Copy(ctx context.Context, dst, src *os.File, progress func(done, total int64)) error {
@@ -35,91 +38,103 @@ func Copy(ctx context.Context, dst, src *os.File, progress func(done, total int6
 	if err := fault.Point("vdi.copy"); err != nil {
 		return err
 	}
-	c := copier{dst: dst, src: src}
-	for at := int64(0); at < total; {
-		from, to, err := dataAfter(src, at, total)
-		if err != nil {
+	if err := context.Cause(ctx); err != nil {
+		return err
+	}
+	if !clone(dst, src) {
+		c := newCopier(dst, src, total, progress)
+		defer c.close()
+		if err := work(ctx, copyStep, c.emit, c.copy); err != nil {
 			return fmt.Errorf("copy image: %w", err)
 		}
-		for from < to {
-			if ctx.Err() != nil {
-				return context.Cause(ctx)
-			}
-			n := min(to-from, copyStep)
-			if err := c.copy(from, n); err != nil {
-				return fmt.Errorf("copy image: %w", err)
-			}
-			from += n
-			progress(from, total)
-		}
-		at = to
-		progress(at, total)
 	}
+	progress(total, total)
 	if err := dst.Sync(); err != nil {
 		return fmt.Errorf("copy image: sync: %w", err)
 	}
 	return fault.Point("vdi.copy.done")
 }
 
-// dataAfter finds the next stretch of data at or after at; from == to == total
-// when there is none. What cannot tell holes is data from end to end.
-func dataAfter(f *os.File, at, total int64) (from, to int64, err error) {
-	from, err = unix.Seek(int(f.Fd()), at, unix.SEEK_DATA)
-	switch {
-	case errors.Is(err, unix.ENXIO):
-		return total, total, nil
-	case errors.Is(err, unix.EINVAL), errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.ESPIPE):
-		return at, total, nil
-	case err != nil:
-		return 0, 0, fmt.Errorf("find data: %w", err)
-	case from >= total:
-		return total, total, nil
-	}
-	to, err = unix.Seek(int(f.Fd()), from, unix.SEEK_HOLE)
-	if err != nil {
-		return 0, 0, fmt.Errorf("find hole: %w", err)
-	}
-	return from, min(to, total), nil
-}
-
 // copier copies stretches of bytes: by copy_file_range as long as the kernel
-// takes it, else through a buffer, where zeros are left out.
+// takes it, else through buffers, where zeros are left out.
 type copier struct {
-	dst, src *os.File
-	plain    bool
-	buf      []byte
+	dst, src *image
+	size     int64
+	progress func(done, total int64)
+	plain    atomic.Bool // no copy_file_range: other filesystem, block device, old kernel
+
+	mu     sync.Mutex
+	passed int64
 }
 
-func (c *copier) copy(off, n int64) error {
-	for n > 0 && !c.plain {
+func newCopier(dst, src *os.File, size int64, progress func(done, total int64)) *copier {
+	return &copier{dst: openImage(dst, os.O_RDWR), src: openImage(src, os.O_RDONLY), size: size, progress: progress}
+}
+
+func (c *copier) close() {
+	c.dst.close()
+	c.src.close()
+}
+
+// emit gives every stretch of data.
+func (c *copier) emit(emit func(span) error) error {
+	for at := int64(0); at < c.size; {
+		from, to, err := dataAfter(c.src.f, at, c.size)
+		if err != nil {
+			return err
+		}
+		c.pass(from - at)
+		for from < to {
+			n := min(to-from, copyStep)
+			if err := emit(span{off: from, n: n}); err != nil {
+				return err
+			}
+			from += n
+		}
+		at = to
+	}
+	return nil
+}
+
+// pass tells that n more bytes are done with.
+func (c *copier) pass(n int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.passed += n
+	c.progress(c.passed, c.size)
+}
+
+func (c *copier) copy(_ context.Context, s span, buf []byte) error {
+	off, n, err := c.inKernel(s.off, s.n)
+	if err == nil && n > 0 {
+		buf = buf[:n]
+		if err = c.src.readAt(buf, off); err != nil {
+			return fmt.Errorf("read at %d: %w", off, err)
+		}
+		_, err = c.dst.place(buf, off, false)
+	}
+	if err == nil {
+		c.pass(s.n)
+	}
+	return err
+}
+
+// inKernel copies by copy_file_range and gives what is left to do.
+func (c *copier) inKernel(off, n int64) (int64, int64, error) {
+	for n > 0 && !c.plain.Load() {
 		from, to := off, off
-		k, err := unix.CopyFileRange(int(c.src.Fd()), &from, int(c.dst.Fd()), &to, int(n), 0)
+		k, err := unix.CopyFileRange(int(c.src.f.Fd()), &from, int(c.dst.f.Fd()), &to, int(n), 0)
 		switch {
 		case errors.Is(err, unix.EINTR):
 			continue
 		case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT), errors.Is(err, unix.EIO):
-			return err
+			return off, n, err
 		case err != nil || k == 0:
-			c.plain = true // other filesystem, block device, old kernel
+			c.plain.Store(true)
 		}
 		off, n = off+int64(max(k, 0)), n-int64(max(k, 0))
 	}
-	for n > 0 {
-		if c.buf == nil {
-			c.buf = make([]byte, mib)
-		}
-		k, err := c.src.ReadAt(c.buf[:min(n, mib)], off)
-		if k == 0 {
-			return fmt.Errorf("read at %d: %w", off, err)
-		}
-		if !isZero(c.buf[:k]) {
-			if _, err := c.dst.WriteAt(c.buf[:k], off); err != nil {
-				return err
-			}
-		}
-		off, n = off+int64(k), n-int64(k)
-	}
-	return nil
+	return off, n, nil
 }
 
 // Allocated is the room f takes on its filesystem, in bytes; the whole length of

@@ -63,8 +63,10 @@ func TestCopyThroughABufferGivesTheSameBytes(t *testing.T) {
 	if _, err := io.Copy(io.NewOffsetWriter(src, 100), payload(3*mib+5)); err != nil {
 		t.Fatal(err)
 	}
-	c := copier{dst: dst, src: src, plain: true}
-	if err := c.copy(0, 8*mib); err != nil {
+	c := newCopier(dst, src, 8*mib, func(int64, int64) {})
+	defer c.close()
+	c.plain.Store(true)
+	if err := work(t.Context(), copyStep, c.emit, c.copy); err != nil {
 		t.Fatal(err)
 	}
 	same(t, io.NewSectionReader(dst, 0, 8*mib), io.NewSectionReader(src, 0, 8*mib))
