@@ -101,6 +101,7 @@ type Mount struct {
 	Type     string // "ext4", "tmpfs": never guessed
 	ReadOnly bool
 	NoExec   bool
+	NoAtime  bool
 	Options  string // the filesystem's own, comma-separated
 }
 

@@ -47,6 +47,9 @@ func mount(m Mount) error {
 	if m.NoExec {
 		flags |= unix.MS_NOEXEC
 	}
+	if m.NoAtime {
+		flags |= unix.MS_NOATIME
+	}
 	if err := unix.Mount(m.Source, m.Target, m.Type, flags, m.Options); err != nil {
 		return fmt.Errorf("mount %s (%s) on %s: %w", m.Source, m.Type, m.Target, err)
 	}
@@ -90,8 +93,8 @@ func unmount(ctx context.Context, target string) error {
 	}
 }
 
-// holders names who keeps target busy: processes by pid and name, and mounts
-// below it. At most ten.
+// holders names who keeps target busy: loop devices of files in it, processes
+// by pid and name, and mounts below it. At most ten.
 func holders(target string) []string {
 	const most = 10
 	var found []string
@@ -104,6 +107,11 @@ func holders(target string) []string {
 			if m.Mountpoint != target {
 				found = append(found, "the mount "+m.Mountpoint)
 			}
+		}
+	}
+	for dev, image := range loops() {
+		if inside(image) {
+			found = append(found, fmt.Sprintf("the loop device %s of %s", dev, image))
 		}
 	}
 	dirs, err := os.ReadDir("/proc")

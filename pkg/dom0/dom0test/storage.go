@@ -93,7 +93,7 @@ func (d *Dom0) Mount(ctx context.Context, m dom0.Mount) error {
 	for _, o := range []struct {
 		name string
 		set  bool
-	}{{"ro", m.ReadOnly}, {"noexec", m.NoExec}, {m.Options, m.Options != ""}} {
+	}{{"ro", m.ReadOnly}, {"noexec", m.NoExec}, {"noatime", m.NoAtime}, {m.Options, m.Options != ""}} {
 		if o.set {
 			options = append(options, o.name)
 		}

@@ -146,14 +146,14 @@ func (*Driver) Attach(ctx context.Context, c sr.Config) (sr.Repository, error) {
 	if err != nil {
 		return nil, err
 	}
-	r, err := attach(path, c)
+	r, err := attach(path, c, nil)
 	if err != nil {
 		return nil, coded(err, "attach the SR in %s", path)
 	}
 	return r, nil
 }
 
-func attach(path string, c sr.Config) (r *repository, err error) {
+func attach(path string, c sr.Config, release func(context.Context) error) (r *repository, err error) {
 	folder, err := openFolder(path)
 	if err != nil {
 		return nil, err
@@ -183,7 +183,7 @@ func attach(path string, c sr.Config) (r *repository, err error) {
 	if clones {
 		features = append([]sr.Feature{sr.VDIClone, sr.VDISnapshot}, features...)
 	}
-	return &repository{folder: folder, uuid: c.SR, features: features, keepFree: c.KeepFree}, nil
+	return &repository{folder: folder, uuid: c.SR, features: features, keepFree: c.KeepFree, release: release}, nil
 }
 
 // Destroy takes the marker and, when nothing foreign is in it, the folder away.

@@ -28,23 +28,33 @@ func location(c sr.Config) (string, error) {
 		return "", fmt.Errorf("SR uuid %.64q is not a uuid", c.SR)
 	}
 	given := c.Device[keyLocation]
-	path := strings.TrimRight(given, "/")
+	if reason := badPath(given); reason != "" {
+		return "", badLocation(given, reason)
+	}
+	return cleanPath(given), nil
+}
+
+func cleanPath(given string) string { return strings.TrimRight(given, "/") }
+
+// badPath says why nothing may be put at the given path, or "".
+func badPath(given string) (reason string) {
+	path := cleanPath(given)
 	switch {
 	case !filepath.IsAbs(given):
-		return "", badLocation(given, "must be an absolute path")
+		return "must be absolute"
 	case path == "":
-		return "", badLocation(given, "must be a folder of its own, not the root")
+		return "must be a place of its own, not the root"
 	case path != filepath.Clean(path):
-		return "", badLocation(given, "must be written without empty, '.' or '..' parts")
+		return "must be written without empty, '.' or '..' parts"
 	case len(path) > unix.PathMax/2:
-		return "", badLocation(given, "is too long")
+		return "is too long"
 	}
 	for _, tree := range systemTrees {
 		if path == tree || strings.HasPrefix(path, tree+"/") {
-			return "", badLocation(given, "lies in "+tree+", which belongs to the operating system")
+			return "lies in " + tree + ", which belongs to the operating system"
 		}
 	}
-	return path, nil
+	return ""
 }
 
 func badLocation(given, reason string) error {

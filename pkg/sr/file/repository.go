@@ -30,6 +30,7 @@ type repository struct {
 	uuid     xapi.UUID
 	features []sr.Feature
 	keepFree func(string) int64
+	release  func(context.Context) error // of whoever mounted the folder; may be nil
 
 	mu     sync.RWMutex
 	folder *os.File // nil once detached
@@ -78,7 +79,7 @@ func volumeError(err error, verb string, n sr.Name) error {
 		return err
 	case errors.Is(err, os.ErrNotExist), errors.Is(err, errNotRegular), errors.Is(err, unix.ELOOP), errors.Is(err, unix.EISDIR), errors.Is(err, unix.ENXIO):
 		return xapi.NewError(xapi.VDINotAvailable, n.String()).Because(err)
-	case errors.Is(err, unix.EIO):
+	case errors.Is(err, unix.EIO), errors.Is(err, unix.EUCLEAN), errors.Is(err, unix.ESHUTDOWN):
 		return xapi.NewError(xapi.VDIIOError, n.String()).Because(err)
 	case errors.Is(err, unix.EFBIG):
 		return xapi.NewError(xapi.InvalidValue, "virtual_size", "more than the filesystem can hold in one file").Because(err)
@@ -445,17 +446,30 @@ func (r *repository) Destroy(ctx context.Context, n sr.Name) error {
 	return volumeError(unlink(r.folder, fileName(n)), "destroy", n)
 }
 
-// Detach closes the folder once every running call has ended.
-func (r *repository) Detach(context.Context) error {
+// Detach closes the folder once every running call has ended, and lets go of
+// what is mounted there. When that fails the SR stays attached.
+func (r *repository) Detach(ctx context.Context) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.folder == nil {
 		return nil
 	}
+	path := r.folder.Name()
 	err := r.folder.Close()
 	r.folder = nil
 	if err != nil {
 		return sr.BackendFailure("detach SR %s: %w", r.uuid, err)
 	}
-	return nil
+	if r.release == nil {
+		return nil
+	}
+	if err = r.release(ctx); err == nil {
+		return nil
+	}
+	folder, again := openFolder(path)
+	if again != nil {
+		return errors.Join(err, fmt.Errorf("go on with SR %s: %w", r.uuid, again))
+	}
+	r.folder = folder
+	return err
 }
