@@ -254,17 +254,16 @@ func TestNewVDIGivesTheErrorsOfItsParts(t *testing.T) {
 func TestALostAnswerOfTheCommitLosesNoVDI(t *testing.T) {
 	r := newRig(t)
 	ref := r.sr(r.fileSpec("sr"))
-	b := birth{NewVDI: NewVDI{SR: ref}, ref: xapi.NewRef(), uuid: xapi.NewUUID(), intentRef: xapi.NewRef()}
 	repo, err := r.Repository(ref)
 	r.must(err)
-	b.repo = repo
-	_, err = repo.Create(t.Context(), sr.Live(b.uuid), 4096)
+	d := &Draft{p: r.Pool, repo: repo, ref: xapi.NewRef(), in: Intent{SR: ref, Ref: xapi.NewRef(), VDI: xapi.NewUUID()}}
+	_, err = repo.Create(t.Context(), sr.Live(d.in.VDI), 4096)
 	r.must(err)
 	r.must(r.Store.Update(t.Context(), func(tx *store.Tx) error {
-		tx.Put(ClassVDI, b.ref, fullVDI(VDI{}, ref, b.uuid))
+		tx.Put(ClassVDI, d.in.Ref, fullVDI(VDI{}, ref, d.in.VDI))
 		return nil
 	}))
-	born, err := r.unmake(t.Context(), b)
+	born, err := d.unmake(t.Context())
 	if !born || err != nil {
 		t.Errorf("born %v, %v", born, err)
 	}

@@ -4,12 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
+	"sync"
 	"time"
 
 	"github.com/patchd/patchd/pkg/sr"
 	"github.com/patchd/patchd/pkg/store"
-	"github.com/patchd/patchd/pkg/vdi"
 	"github.com/patchd/patchd/pkg/xapi"
 )
 
@@ -20,7 +19,10 @@ type IntentKind string
 // nobody looks after.
 const (
 	IntentCreate   IntentKind = "create"    // a VDI: its volume is destroyed
+	IntentDraft    IntentKind = "draft"     // a Draft: its volume is destroyed, once it has expired
+	IntentCopy     IntentKind = "copy"      // a VDI.copy: goes on while its task is pending, else as create
 	IntentDestroy  IntentKind = "destroy"   // a VDI whose record is gone: its volume is destroyed
+	IntentDropMap  IntentKind = "drop-map"  // a VDI whose record claims no block map any more: the map is destroyed
 	IntentMakeSR   IntentKind = "make-sr"   // an SR: it is removed from disk
 	IntentRemoveSR IntentKind = "remove-sr" // an SR: it is removed from disk, then its records
 )
@@ -39,17 +41,55 @@ type Intent struct {
 	// it true any more.
 	Undo bool `json:"undo,omitempty"`
 
-	// The record that IntentDestroy took away, to put it back when the volume
-	// cannot be destroyed.
+	// Ref is the VDI that goes, or that is to be. Record is its record: the one
+	// that IntentDestroy took away, to put it back when the volume cannot be
+	// destroyed, or the one that is given to a VDI in the making.
 	Record  *VDI       `json:"record,omitempty"`
 	Ref     xapi.Ref   `json:"ref,omitempty"`
 	Patches []xapi.Ref `json:"patches,omitempty"`
+
+	// Of a VDI in the making.
+	Size    int64             `json:"virtual_size,omitempty"` // bytes
+	Room    int64             `json:"room,omitempty"`         // bytes it was promised on the SR, those it takes already included
+	Expires time.Time         `json:"expires,omitzero"`       // of a draft: after it nobody needs it
+	Note    map[string]string `json:"note,omitempty"`         // of a draft: what its owner must know to go on
+	Attempt int64             `json:"attempt,omitempty"`      // counts the failed ones: a late commit of one is refused
+	Source  xapi.Ref          `json:"source,omitempty"`       // of a copy: the VDI that is read
+	Task    xapi.Ref          `json:"task,omitempty"`         // of a copy: that goes on with it after a crash
 
 	// The SR of IntentMakeSR and IntentRemoveSR.
 	SRUUID   xapi.UUID         `json:"sr_uuid,omitempty"`
 	Type     string            `json:"type,omitempty"`
 	Device   map[string]string `json:"device_config,omitempty"`
 	SMConfig map[string]string `json:"sm_config,omitempty"`
+}
+
+// makes tells whether the intent is about a VDI in the making.
+func (in Intent) makes() bool {
+	return in.Kind == IntentCreate || in.Kind == IntentDraft || in.Kind == IntentCopy
+}
+
+// hasVolumes tells whether undoing the intent takes the SR that it names.
+func (in Intent) hasVolumes() bool {
+	return in.makes() || in.Kind == IntentDestroy || in.Kind == IntentDropMap
+}
+
+// claim takes an intent over; ok is false when somebody looks after it already.
+func (s *Storage) claim(intent xapi.UUID) (end func(), ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.active[intent] {
+		return func() {}, false
+	}
+	if s.active == nil {
+		s.active = map[xapi.UUID]bool{}
+	}
+	s.active[intent] = true
+	return sync.OnceFunc(func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		delete(s.active, intent)
+	}), true
 }
 
 // undoTime bounds what goes on after a call has failed or was cancelled.
@@ -65,169 +105,9 @@ func (p *Pool) newIntent(in Intent) (xapi.Ref, Intent) {
 	return xapi.NewRef(), in
 }
 
-// NewVDI says how to make a VDI.
-type NewVDI struct {
-	SR xapi.Ref
-	// VDI is the record to be; uuid, SR, sizes, location and the flags that
-	// follow from what it is are filled in.
-	VDI         VDI
-	VirtualSize int64 // bytes
-	// Room is how many bytes must be free in the SR before anything is made.
-	Room int64
-	// Fill writes the content into f, which lies at path and reads as zeros;
-	// it does not close it. Nil: all zeros.
-	Fill func(ctx context.Context, f *os.File, path string) error
-	// Map gives, after Fill, the block map of what was written, which is kept
-	// beside the image; the VDI is then not to be written to any more. Nil: none is kept.
-	Map func() *vdi.Map
-	// Commit adds to the transaction that makes the VDI visible. Nil: nothing.
-	Commit func(tx *store.Tx, vdi xapi.Ref) error
-}
-
-// NewVDI makes a VDI: filled, synced and named on the SR, then, in one
-// transaction, a record together with what Commit adds. Until then nothing is
-// visible; any failure, also of Commit, also a cancel, takes all of it back.
-// Codes: those of Fill and Commit, HANDLE_INVALID, SR_HAS_NO_PBDS,
-// SR_NOT_ATTACHED, OTHER_OPERATION_IN_PROGRESS, OUT_OF_SPACE ["SR name (uuid)"].
-func (p *Pool) NewVDI(ctx context.Context, n NewVDI) (xapi.Ref, error) {
-	return p.newVDI(ctx, n, func(ctx context.Context, repo sr.Repository, part sr.Name) error {
-		if err := enoughRoom(ctx, repo, n.Room); err != nil {
-			return err
-		}
-		if _, err := repo.Create(ctx, part, n.VirtualSize); err != nil || n.Fill == nil {
-			return err
-		}
-		return fill(ctx, repo, part, n)
-	})
-}
-
-func enoughRoom(ctx context.Context, repo sr.Repository, need int64) error {
-	if need <= 0 {
-		return nil
-	}
-	stat, err := repo.Stat(ctx)
-	if err == nil && stat.Free < need {
-		err = xapi.NewError(xapi.OutOfSpace, "").Because(fmt.Errorf("%d bytes are needed, %d are free", need, stat.Free))
-	}
-	return err
-}
-
-func fill(ctx context.Context, repo sr.Repository, part sr.Name, n NewVDI) error {
-	path, err := repo.Path(ctx, part)
-	if err != nil {
-		return err
-	}
-	f, err := repo.Open(ctx, part, sr.ReadWrite)
-	if err != nil {
-		return err
-	}
-	if err = n.Fill(ctx, f, path); err == nil {
-		err = f.Sync()
-	}
-	var end int64
-	if err == nil {
-		end, err = f.Seek(0, 2)
-	}
-	if cerr := f.Close(); cerr != nil && !errors.Is(cerr, os.ErrClosed) {
-		err = errors.Join(err, cerr)
-	}
-	if err == nil && end != n.VirtualSize {
-		err = fmt.Errorf("the volume has %d bytes after it was filled, not %d", end, n.VirtualSize)
-	}
-	return err
-}
-
-// newVDI is NewVDI with the part volume made by make.
-func (p *Pool) newVDI(ctx context.Context, n NewVDI, make func(context.Context, sr.Repository, sr.Name) error) (xapi.Ref, error) {
-	repo, release, err := p.useSR(n.SR)
-	if err != nil {
-		return "", err
-	}
-	defer release()
-	b := birth{
-		NewVDI: n, repo: repo, ref: xapi.NewRef(), uuid: xapi.NewUUID(),
-	}
-	b.intentRef, b.intent = p.newIntent(Intent{Kind: IntentCreate, SR: n.SR, VDI: b.uuid})
-	defer p.storage.begin(b.intent.UUID)()
-	err = p.Store.Update(ctx, func(tx *store.Tx) error {
-		if !tx.Has(ClassSR, n.SR) {
-			return xapi.NewError(xapi.HandleInvalid, ClassSR, string(n.SR))
-		}
-		tx.Put(ClassIntent, b.intentRef, b.intent)
-		return nil
-	})
-	if err == nil {
-		err = p.bear(ctx, b, make)
-	}
-	if err == nil {
-		return b.ref, nil
-	}
-	born, uerr := p.unmake(ctx, b)
-	if born {
-		return b.ref, nil // the commit had happened, only its answer was lost
-	}
-	return "", joinUndo(p.inSR(n.SR, err), uerr)
-}
-
-// birth is a VDI on its way.
-type birth struct {
-	NewVDI
-	repo      sr.Repository
-	ref       xapi.Ref
-	uuid      xapi.UUID
-	intentRef xapi.Ref
-	intent    Intent
-}
-
-// part names the volume of an intent before it is live.
+// part names the volume of an intent of this host before it is live.
 func (p *Pool) part(in Intent) sr.Name {
 	return sr.Part(sr.Owner{Pool: p.PoolUUID, Host: p.SelfUUID, Job: in.UUID}, in.VDI)
-}
-
-func (p *Pool) bear(ctx context.Context, b birth, make func(context.Context, sr.Repository, sr.Name) error) error {
-	part, live := p.part(b.intent), sr.Live(b.uuid)
-	if err := make(ctx, b.repo, part); err != nil {
-		return err
-	}
-	digest, err := keepMap(ctx, b, part)
-	if err != nil {
-		return err
-	}
-	if err := b.repo.Rename(ctx, part, live); err != nil {
-		return err
-	}
-	used, err := volumeSize(ctx, b.repo, live)
-	if err != nil {
-		return err
-	}
-	stat, err := b.repo.Stat(ctx)
-	if err != nil {
-		return err
-	}
-	rec := fullVDI(b.VDI, b.SR, b.uuid)
-	rec.VirtualSize, rec.PhysicalUtilisation = b.VirtualSize, used
-	rec.Map, rec.Damage, rec.Checked = digest, "", time.Time{}
-	if digest != "" {
-		rec.Checked = p.Now().UTC()
-	}
-	return p.Store.Update(ctx, func(tx *store.Tx) error {
-		var in Intent
-		if err := tx.Get(ClassIntent, b.intentRef, &in); err != nil {
-			return err
-		}
-		if in.Undo {
-			return fmt.Errorf("VDI %s was undone meanwhile", b.uuid)
-		}
-		tx.Put(ClassVDI, b.ref, rec)
-		tx.Delete(ClassIntent, b.intentRef)
-		if err := putSizes(tx, b.SR, stat, rec.VirtualSize); err != nil {
-			return err
-		}
-		if b.Commit == nil {
-			return nil
-		}
-		return b.Commit(tx, b.ref)
-	})
 }
 
 // volumeSize is what a volume takes on the storage, in bytes.
@@ -240,36 +120,15 @@ func volumeSize(ctx context.Context, repo sr.Repository, n sr.Name) (int64, erro
 	return allocated(f)
 }
 
-// unmake takes back what bear did. born tells that there is nothing to take
-// back: the VDI is there.
-func (p *Pool) unmake(ctx context.Context, b birth) (born bool, err error) {
-	ctx, cancel := after(ctx)
-	defer cancel()
-	if err := p.Store.Sync(ctx); err != nil {
-		return false, err
-	}
-	begun := false
-	err = p.Store.Update(ctx, func(tx *store.Tx) error {
-		born, begun = false, tx.Has(ClassIntent, b.intentRef)
-		if !begun {
-			born = tx.Has(ClassVDI, b.ref)
-			return nil
-		}
-		in := b.intent
-		in.Undo = true
-		tx.Put(ClassIntent, b.intentRef, in)
-		return nil
-	})
-	if err != nil || born || !begun {
-		return born, err
-	}
-	return false, p.undoVolumes(ctx, b.repo, b.intentRef, b.intent)
-}
-
 // undoVolumes destroys what an intent may have made or was to destroy, and
 // then the intent.
 func (p *Pool) undoVolumes(ctx context.Context, repo sr.Repository, ref xapi.Ref, in Intent) error {
-	err := errors.Join(destroyVDI(ctx, repo, p.part(in)), destroyVDI(ctx, repo, sr.Live(in.VDI)))
+	var err error
+	if in.Kind == IntentDropMap {
+		err = destroyVolume(ctx, repo, sr.Live(in.VDI).Map())
+	} else {
+		err = errors.Join(destroyVDI(ctx, repo, p.part(in)), destroyVDI(ctx, repo, sr.Live(in.VDI)))
+	}
 	if err != nil {
 		return err
 	}
@@ -285,9 +144,13 @@ func destroyVolume(ctx context.Context, repo sr.Repository, n sr.Name) error {
 	return repo.Destroy(ctx, n)
 }
 
-// destroyVDI destroys an image and the map beside it.
+// destroyVDI destroys an image and then the map beside it: an image that cannot
+// be destroyed keeps its map.
 func destroyVDI(ctx context.Context, repo sr.Repository, n sr.Name) error {
-	return errors.Join(destroyVolume(ctx, repo, n), destroyVolume(ctx, repo, n.Map()))
+	if err := destroyVolume(ctx, repo, n); err != nil {
+		return err
+	}
+	return destroyVolume(ctx, repo, n.Map())
 }
 
 // closeIntent deletes an intent that is done with.

@@ -140,18 +140,13 @@ func (p *Pool) replug(ctx context.Context, ref xapi.Ref) error {
 // dropOrphanIntents deletes the intents about SRs that no record knows any
 // more: their volumes are swept when the SR is introduced again.
 func (p *Pool) dropOrphanIntents(ctx context.Context) error {
-	intents, err := p.deadIntents()
+	intents, err := p.forgottenIntents()
 	if err != nil {
 		return err
 	}
-	for ref, in := range intents {
-		if in.Kind != IntentCreate && in.Kind != IntentDestroy {
-			continue
-		}
+	for ref := range intents {
 		err := p.Store.Update(ctx, func(tx *store.Tx) error {
-			if !tx.Has(ClassSR, in.SR) {
-				tx.Delete(ClassIntent, ref)
-			}
+			tx.Delete(ClassIntent, ref)
 			return nil
 		})
 		if err != nil {
@@ -159,6 +154,26 @@ func (p *Pool) dropOrphanIntents(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// forgottenIntents lists the intents of this host about volumes in an SR that
+// has no record any more; an SR never comes back under the same ref.
+func (p *Pool) forgottenIntents() (map[xapi.Ref]Intent, error) {
+	forgotten := map[xapi.Ref]Intent{}
+	err := p.Store.View(func(v *store.View) error {
+		for _, it := range v.List(ClassIntent) {
+			var in Intent
+			if err := it.Decode(&in); err != nil {
+				return err
+			}
+			_, there := v.Get(ClassSR, in.SR)
+			if !there && in.hasVolumes() && in.Host == p.Self && !p.storage.isActive(in.UUID) {
+				forgotten[it.Ref] = in
+			}
+		}
+		return nil
+	})
+	return forgotten, err
 }
 
 // DetachStorage lets go of every SR without changing a record: the next start

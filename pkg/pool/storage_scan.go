@@ -9,6 +9,7 @@ import (
 
 	"github.com/patchd/patchd/pkg/sr"
 	"github.com/patchd/patchd/pkg/store"
+	"github.com/patchd/patchd/pkg/task"
 	"github.com/patchd/patchd/pkg/xapi"
 )
 
@@ -215,7 +216,7 @@ func (p *Pool) repairSR(ctx context.Context, ref xapi.Ref, repo sr.Repository) e
 	}
 	var errs []error
 	for intentRef, in := range intents {
-		if in.SR == ref && (in.Kind == IntentCreate || in.Kind == IntentDestroy) {
+		if in.SR == ref && in.hasVolumes() {
 			errs = append(errs, p.undoIntent(ctx, repo, intentRef, in))
 		}
 	}
@@ -223,8 +224,8 @@ func (p *Pool) repairSR(ctx context.Context, ref xapi.Ref, repo sr.Repository) e
 	return errors.Join(errs...)
 }
 
-// deadIntents lists the intents of this host that no call of this process
-// looks after.
+// deadIntents lists the intents of this host that no call of this process looks
+// after and that nobody will go on with.
 func (p *Pool) deadIntents() (map[xapi.Ref]Intent, error) {
 	dead := map[xapi.Ref]Intent{}
 	err := p.Store.View(func(v *store.View) error {
@@ -233,7 +234,7 @@ func (p *Pool) deadIntents() (map[xapi.Ref]Intent, error) {
 			if err := it.Decode(&in); err != nil {
 				return err
 			}
-			if in.Host == p.Self && !p.storage.isActive(in.UUID) {
+			if in.Host == p.Self && !p.storage.isActive(in.UUID) && !p.kept(v, in) {
 				dead[it.Ref] = in
 			}
 		}
@@ -242,14 +243,41 @@ func (p *Pool) deadIntents() (map[xapi.Ref]Intent, error) {
 	return dead, err
 }
 
-// undoIntent destroys the volumes of an intent, if it is still there: then no
-// record names them.
+// kept tells whether an intent waits for somebody who goes on with it.
+func (p *Pool) kept(v *store.View, in Intent) bool {
+	if in.Undo {
+		return false
+	}
+	switch in.Kind {
+	case IntentDraft:
+		return p.Now().Before(in.Expires)
+	case IntentCopy:
+		rec, err := store.Get[task.Record](v, task.Class, in.Task)
+		return err == nil && rec.Status == task.Pending
+	}
+	return false
+}
+
+// undoIntent destroys the volumes of an intent, if it is still there and nobody
+// has taken it up meanwhile: then no record names them.
 func (p *Pool) undoIntent(ctx context.Context, repo sr.Repository, ref xapi.Ref, in Intent) error {
+	end, ours := p.storage.claim(in.UUID)
+	if !ours {
+		return nil
+	}
+	defer end()
 	open := false
 	err := p.Store.Update(ctx, func(tx *store.Tx) error {
-		if open = tx.Has(ClassIntent, ref); open {
-			in.Undo = true
-			tx.Put(ClassIntent, ref, in)
+		if open = tx.Has(ClassIntent, ref); !open {
+			return nil
+		}
+		now, err := store.Read[Intent](tx, ClassIntent, ref)
+		if err != nil {
+			return err
+		}
+		if open = now.Undo || now.Kind != IntentDraft || !p.Now().Before(now.Expires); open {
+			now.Undo = true
+			tx.Put(ClassIntent, ref, now)
 		}
 		return nil
 	})

@@ -12,6 +12,7 @@ import (
 	"github.com/patchd/patchd/pkg/sr"
 	"github.com/patchd/patchd/pkg/store"
 	"github.com/patchd/patchd/pkg/task"
+	"github.com/patchd/patchd/pkg/vdi"
 	"github.com/patchd/patchd/pkg/xapi"
 )
 
@@ -117,20 +118,19 @@ func (p *Pool) copyTo(ctx context.Context, s source, dst xapi.Ref, rec VDI, comm
 	if err != nil {
 		return "", err
 	}
-	n := NewVDI{SR: dst, VDI: rec, VirtualSize: size, Commit: commit}
-	return p.newVDI(ctx, n, func(ctx context.Context, repo sr.Repository, part sr.Name) error {
-		if err := sr.Copy(ctx, repo, part, s.repo, sr.Live(s.rec.UUID), progressOf(ctx)); err != nil {
-			return err
+	d, err := p.begin(ctx, NewVDI{SR: dst, VDI: rec, VirtualSize: size}, Intent{Kind: IntentCreate})
+	if err != nil {
+		return "", err
+	}
+	return d.bear(ctx, commit, func(ctx context.Context) (*vdi.Map, error) {
+		part := p.part(d.in)
+		if err := sr.Copy(ctx, d.repo, part, s.repo, sr.Live(s.rec.UUID), progressOf(ctx)); err != nil {
+			return nil, err
 		}
-		f, err := repo.Open(ctx, part, sr.ReadOnly)
-		if err != nil {
-			return err
+		if d.size, err = volumeLength(ctx, d.repo, part); err == nil && d.size < size {
+			err = fmt.Errorf("the copy of VDI %s has %d bytes, not %d", s.rec.UUID, d.size, size)
 		}
-		defer f.Close()
-		if end, err := f.Seek(0, 2); err != nil || end != size {
-			return errors.Join(fmt.Errorf("the copy of VDI %s has %d bytes, not %d", s.rec.UUID, end, size), err)
-		}
-		return nil
+		return nil, err
 	})
 }
 

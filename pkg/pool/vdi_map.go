@@ -3,7 +3,6 @@ package pool
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 
 	"github.com/patchd/patchd/pkg/sr"
@@ -11,35 +10,23 @@ import (
 	"github.com/patchd/patchd/pkg/xapi"
 )
 
-// keepMap writes the block map of a VDI that is being made beside its image,
-// under the name it will have for good, and gives its digest; "" when there is none.
-func keepMap(ctx context.Context, b birth, part sr.Name) (digest string, err error) {
-	if b.Map == nil {
-		return "", nil
-	}
-	m := b.Map()
-	if m == nil {
-		return "", nil
-	}
+// writeMap makes a volume with an encoded block map in it, durably.
+func writeMap(ctx context.Context, repo sr.Repository, n sr.Name, m *vdi.Map) error {
 	size, err := checkSize(m.EncodedSize())
 	if err != nil {
-		return "", err
+		return err
 	}
-	if _, err := b.repo.Create(ctx, part.Map(), size); err != nil {
-		return "", err
+	if _, err := repo.Create(ctx, n, size); err != nil {
+		return err
 	}
-	f, err := b.repo.Open(ctx, part.Map(), sr.ReadWrite)
+	f, err := repo.Open(ctx, n, sr.ReadWrite)
 	if err != nil {
-		return "", err
+		return err
 	}
-	err = m.Encode(io.NewOffsetWriter(f, 0))
-	if err == nil {
+	if err = m.Encode(io.NewOffsetWriter(f, 0)); err == nil {
 		err = f.Sync()
 	}
-	if err = errors.Join(err, f.Close()); err != nil {
-		return "", fmt.Errorf("write the block map of VDI %s: %w", b.uuid, err)
-	}
-	return m.Digest(), b.repo.Rename(ctx, part.Map(), sr.Live(b.uuid).Map())
+	return errors.Join(err, f.Close())
 }
 
 // VDIMap reads the block map of a VDI, held against the digest in its record;
