@@ -57,6 +57,8 @@ func (c *call) newBody(ctx context.Context, t *task.Handle) *body {
 
 func (b *body) close() { b.unhook() }
 
+func (b *body) size() int64 { return b.n }
+
 // Read reads on, or gives the error of the context, TIMEOUT when the client
 // stalls, io.ErrUnexpectedEOF when it ends early.
 func (b *body) Read(p []byte) (int, error) {

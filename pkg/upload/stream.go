@@ -1,0 +1,262 @@
+package upload
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"syscall"
+
+	"github.com/patchd/patchd/pkg/patch"
+	"github.com/patchd/patchd/pkg/pool"
+	"github.com/patchd/patchd/pkg/sr"
+	"github.com/patchd/patchd/pkg/store"
+	"github.com/patchd/patchd/pkg/vdi"
+	"github.com/patchd/patchd/pkg/xapi"
+)
+
+const (
+	mib = 1 << 20
+	// headroom is what must be free beyond the bytes that come: the filesystem
+	// around them and the writes of others.
+	headroom = 8 * mib
+	// roomEvery is how many bytes lie between two looks at the room left.
+	roomEvery = 64 * mib
+	copyChunk = 128 << 10
+)
+
+// input is a signed file on its way in. Its errors have a code, but for
+// io.ErrUnexpectedEOF.
+type input interface {
+	io.Reader
+	// end makes sure that the input ends here.
+	end() error
+	// size is how many bytes of the signed file have been read.
+	size() int64
+}
+
+// patchUpload is one patch on its way from the wire into the pool.
+type patchUpload struct {
+	h         *Handler
+	in        input
+	length    int64  // of the signed file in bytes; -1: not known
+	requested string // SR
+
+	where   sr.Candidate
+	repo    sr.Repository
+	message *patch.Message
+	image   vdi.Written
+	info    patch.Info
+	ref     xapi.Ref
+}
+
+// run takes the six steps of an upload and gives the pool_patch.
+//
+// Codes: DEFAULT_SR_NOT_FOUND, SR_NOT_ATTACHED, OUT_OF_SPACE ["SR name (uuid)"],
+// INVALID_PATCH, INVALID_PATCH_WITH_LOG, PATCH_ALREADY_EXISTS [uuid],
+// MESSAGE_TOO_LARGE, TIMEOUT, TASK_CANCELLED.
+func (u *patchUpload) run(ctx context.Context) (xapi.Ref, error) {
+	if err := u.choose(ctx, max(u.length, 0)); err != nil {
+		return "", err
+	}
+	keys, err := u.h.Keys()
+	if err != nil {
+		return "", fmt.Errorf("read trusted keys: %w", err)
+	}
+	leave, err := u.open(ctx, keys)
+	if err != nil {
+		return "", err
+	}
+	defer leave()
+	length := u.expect()
+	size := vdi.Size(length)
+	_, err = u.h.Pool.NewVDI(ctx, pool.NewVDI{
+		SR:          u.where.Ref,
+		VirtualSize: size,
+		VDI:         beingUploaded(),
+		Fill: func(ctx context.Context, f *os.File, path string) error {
+			w, err := vdi.NewWriter(ctx, f, size, length, vdi.Options{})
+			if err != nil {
+				return err
+			}
+			defer w.Abort()
+			return u.fill(ctx, w, path)
+		},
+		Map:    func() *vdi.Map { return u.image.Map },
+		Commit: u.commit,
+	})
+	if err != nil {
+		return "", u.noRoom(err)
+	}
+	return u.ref, nil
+}
+
+// expect is the likely size of the payload, -1 when it may be any. Known after open.
+func (u *patchUpload) expect() int64 {
+	if u.message.Compressed() {
+		return -1
+	}
+	return u.length
+}
+
+// beingUploaded is the record of a VDI whose patch is not known yet.
+func beingUploaded() pool.VDI {
+	return pool.VDI{
+		NameLabel: "Patch", NameDescription: "being uploaded", Type: "user", ReadOnly: true,
+		OtherConfig: map[string]string{},
+	}
+}
+
+// open reads the beginning of the message. Of clear-signed ones, which are read
+// as a whole here, few are let in at once, until leave is called.
+func (u *patchUpload) open(ctx context.Context, keys *patch.Keyring) (leave func(), err error) {
+	begin := make([]byte, len(patch.CleartextBegin))
+	n, err := io.ReadFull(u.in, begin)
+	if n == 0 && err != io.EOF {
+		return nil, err
+	}
+	leave = func() {}
+	if string(begin) == patch.CleartextBegin {
+		if leave, err = enter(ctx, u.h.texts); err != nil {
+			return nil, err
+		}
+	}
+	u.message, err = patch.Open(io.MultiReader(bytes.NewReader(begin[:n]), u.in), keys, u.h.Check)
+	if err != nil {
+		leave()
+		return nil, err
+	}
+	return leave, nil
+}
+
+// choose finds the SR and makes sure that need bytes have room on it.
+func (u *patchUpload) choose(ctx context.Context, need int64) error {
+	where, repo, err := u.h.chooseSR(ctx, u.requested)
+	if err != nil {
+		return err
+	}
+	u.where, u.repo = where, repo
+	return u.checkRoom(ctx, need+need/20+headroom)
+}
+
+// chooseSR finds the SR that the client named, or that is right without a name.
+func (h *Handler) chooseSR(ctx context.Context, requested string) (sr.Candidate, sr.Repository, error) {
+	def, candidates, err := h.Pool.SRCandidates(ctx)
+	if err != nil {
+		return sr.Candidate{}, nil, err
+	}
+	ref, err := sr.Choose(requested, def, candidates)
+	if err != nil {
+		return sr.Candidate{}, nil, err
+	}
+	repo, err := h.Pool.Repository(ref)
+	if err != nil {
+		return sr.Candidate{}, nil, err
+	}
+	for _, c := range candidates {
+		if c.Ref == ref {
+			return c, repo, nil
+		}
+	}
+	return sr.Candidate{}, nil, xapi.NewError(xapi.HandleInvalid, pool.ClassSR, string(ref))
+}
+
+func (u *patchUpload) checkRoom(ctx context.Context, need int64) error {
+	st, err := u.repo.Stat(ctx)
+	if err != nil {
+		return fmt.Errorf("room on SR %s: %w", u.where.UUID, err)
+	}
+	if st.Free < need {
+		return outOfSpace(u.where).Because(fmt.Errorf("%d bytes are free, %d are needed", st.Free, need))
+	}
+	return nil
+}
+
+func outOfSpace(c sr.Candidate) *xapi.Error {
+	return xapi.NewError(xapi.OutOfSpace, fmt.Sprintf("%s (%s)", c.Name, c.UUID))
+}
+
+// noRoom gives the error of a full disk its code.
+func (u *patchUpload) noRoom(err error) error { return noRoom(u.where, err) }
+
+func noRoom(where sr.Candidate, err error) error {
+	var coded *xapi.Error
+	full := errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
+	if full && !errors.As(err, &coded) {
+		return outOfSpace(where).Because(err)
+	}
+	return err
+}
+
+// fill streams the payload into the image, checks it and asks it what it is.
+func (u *patchUpload) fill(ctx context.Context, w *vdi.Writer, path string) (err error) {
+	if err := u.stream(ctx, w); err != nil {
+		return u.noRoom(err)
+	}
+	if u.image, err = w.Finish(ctx); err != nil {
+		return u.noRoom(err)
+	}
+	u.info, err = patch.Query(ctx, u.h.Dom0, path, u.h.InfoTimeout)
+	return err
+}
+
+// stream copies the payload until its signature holds, and watches the room.
+func (u *patchUpload) stream(ctx context.Context, w io.Writer) error {
+	buf := make([]byte, copyChunk)
+	for looked := int64(0); ; {
+		n, err := u.message.Read(buf)
+		if n > 0 {
+			if _, werr := w.Write(buf[:n]); werr != nil {
+				return werr
+			}
+		}
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			return err
+		}
+		if u.message.Size()-looked >= roomEvery {
+			looked = u.message.Size()
+			if err := u.checkRoom(ctx, headroom/2); err != nil {
+				return err
+			}
+		}
+	}
+	if err := u.in.end(); err != nil {
+		var coded *xapi.Error
+		if errors.As(err, &coded) {
+			return err
+		}
+		return xapi.NewError(xapi.InvalidPatch).Because(err)
+	}
+	return nil
+}
+
+// commit writes the record of the patch in the transaction that shows the VDI.
+func (u *patchUpload) commit(tx *store.Tx, ref xapi.Ref) error {
+	sig := u.message.Signature()
+	patchRef, err := u.h.Pool.IntroducePatch(tx, pool.Patch{
+		UUID: u.info.UUID, NameLabel: u.info.NameLabel, NameDescription: u.info.NameDescription,
+		Version: u.info.Version, AfterApplyGuidance: u.info.Guidance,
+		Size: u.in.size(), VDI: ref, OtherConfig: map[string]string{},
+		Digest: u.message.Digest(), PayloadSize: u.message.Size(),
+		Signature: sig.Packet, SignatureKind: string(sig.Kind), Signer: sig.Signer,
+		InfoXML: u.info.XML, ScratchSize: u.info.ScratchSize,
+	})
+	if err != nil {
+		return err
+	}
+	u.ref = patchRef
+	var rec pool.VDI
+	if err := tx.Get(pool.ClassVDI, ref, &rec); err != nil {
+		return err
+	}
+	rec.NameLabel = "Patch " + u.info.NameLabel
+	rec.NameDescription = u.info.NameDescription
+	rec.OtherConfig["patchd-patch-uuid"] = string(u.info.UUID)
+	tx.Put(pool.ClassVDI, ref, rec)
+	return nil
+}
