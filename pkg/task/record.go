@@ -66,6 +66,9 @@ type Record struct {
 	User    string   `json:"_user,omitempty"`
 	// Driven says that the server works, or has worked, on it.
 	Driven bool `json:"_driven,omitempty"`
+	// Settled is the result of work that has come true while its task had not
+	// ended; see Settle.
+	Settled string `json:"_settled,omitempty"`
 	// Destroy says that the record goes as soon as the task has finished.
 	Destroy bool `json:"_destroy,omitempty"`
 }

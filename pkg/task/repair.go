@@ -3,9 +3,11 @@ package task
 import (
 	"cmp"
 	"context"
+	"encoding/xml"
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/patchd/patchd/pkg/store"
@@ -31,7 +33,8 @@ var errInterrupted = xapi.NewError(xapi.InternalError, "the operation was interr
 
 // Repair ends what an earlier process has left: every unfinished task that
 // owned does not claim for a durable job becomes failure, INTERNAL_ERROR with
-// a text that says so, or cancelled when that was asked. Tasks that this
+// a text that says so, cancelled when that was asked, or success when Settle was
+// called for it. Tasks that this
 // process drives are left alone. Call it once this host is the coordinator,
 // before clients are let in. A second Repair is harmless. owned may be nil.
 func (m *Manager) Repair(ctx context.Context, owned func(ref xapi.Ref) bool) error {
@@ -52,6 +55,27 @@ func (m *Manager) Repair(ctx context.Context, owned func(ref xapi.Ref) bool) err
 	return err
 }
 
+// Settle notes, in the transaction that makes the work of a task true, the text
+// that is its result: a restart before the task has ended is then no failure.
+// The task does not end by it. A task that is gone, or has ended, is left alone;
+// the null reference is none.
+func Settle(tx *store.Tx, ref xapi.Ref, text string) error {
+	if ref.IsNull() || !tx.Has(Class, ref) {
+		return nil
+	}
+	rec, err := store.Read[Record](tx, Class, ref)
+	if err != nil || rec.Status.Finished() {
+		return err
+	}
+	var b strings.Builder
+	if err := xml.EscapeText(&b, []byte(text)); err != nil {
+		return err
+	}
+	rec.Settled = "<value>" + b.String() + "</value>"
+	tx.Put(Class, ref, rec)
+	return nil
+}
+
 func (m *Manager) repair(ctx context.Context, ref xapi.Ref) error {
 	var why error
 	var rec Record
@@ -64,10 +88,13 @@ func (m *Manager) repair(ctx context.Context, ref xapi.Ref) error {
 			return err
 		}
 		why = errInterrupted
-		if rec.Status == Cancelling {
+		switch {
+		case rec.Settled != "":
+			why = nil
+		case rec.Status == Cancelling:
 			why = taskCancelled(ref)
 		}
-		rec.end(ref, m.clock.Now(), "", why)
+		rec.end(ref, m.clock.Now(), rec.Settled, why)
 		rec.store(tx, ref)
 		return nil
 	})
