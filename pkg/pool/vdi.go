@@ -7,6 +7,7 @@ import (
 	"math"
 	"slices"
 	"strconv"
+	"time"
 
 	"github.com/patchd/patchd/pkg/sr"
 	"github.com/patchd/patchd/pkg/store"
@@ -316,6 +317,8 @@ func (p *Pool) VDIIntroduce(ctx context.Context, in VDIIntro) (xapi.Ref, error) 
 	ref := xapi.NewRef()
 	rec := fullVDI(in.VDI, in.VDI.SR, in.UUID)
 	rec.VirtualSize, rec.PhysicalUtilisation = volumes[i].VirtualSize, volumes[i].PhysicalUtilisation
+	// A map that lies there is not taken on faith: its digest was in a record that is gone.
+	rec.Map, rec.Damage, rec.Checked = "", "", time.Time{}
 	err = p.Store.Update(ctx, func(tx *store.Tx) error { return introduce(tx, ref, rec) })
 	return ref, err
 }

@@ -3,7 +3,6 @@ package pool
 import (
 	"context"
 	"errors"
-	"fmt"
 	"os"
 	"strconv"
 
@@ -99,53 +98,16 @@ func (p *Pool) discard(ctx context.Context, repo sr.Repository, intentRef xapi.R
 	return p.undoVolumes(ctx, repo, intentRef, in)
 }
 
-// source is a VDI that is read, in use by the caller.
-type source struct {
-	ref  xapi.Ref
-	rec  VDI
-	repo sr.Repository
-}
-
 // copied is the record of a copy of rec.
 func copied(rec VDI) VDI {
 	rec.ReadOnly, rec.IsASnapshot, rec.SnapshotOf, rec.SnapshotTime = false, false, xapi.NullRef, xapi.Epoch
 	return rec
 }
 
-// copyTo makes a VDI in SR dst with the content of s.
-func (p *Pool) copyTo(ctx context.Context, s source, dst xapi.Ref, rec VDI, commit func(*store.Tx, xapi.Ref) error) (xapi.Ref, error) {
-	size, err := p.sizeOf(ctx, s)
-	if err != nil {
-		return "", err
-	}
-	d, err := p.begin(ctx, NewVDI{SR: dst, VDI: rec, VirtualSize: size}, Intent{Kind: IntentCreate})
-	if err != nil {
-		return "", err
-	}
-	return d.bear(ctx, commit, func(ctx context.Context) (*vdi.Map, error) {
-		part := p.part(d.in)
-		if err := sr.Copy(ctx, d.repo, part, s.repo, sr.Live(s.rec.UUID), progressOf(ctx)); err != nil {
-			return nil, err
-		}
-		if d.size, err = volumeLength(ctx, d.repo, part); err == nil && d.size < size {
-			err = fmt.Errorf("the copy of VDI %s has %d bytes, not %d", s.rec.UUID, d.size, size)
-		}
-		return nil, err
-	})
-}
-
 // sizeOf is the true length of the source.
 func (p *Pool) sizeOf(ctx context.Context, s source) (int64, error) {
-	f, err := p.openLive(ctx, s.repo, s.ref, s.rec, sr.ReadOnly)
-	if err != nil {
-		return 0, err
-	}
-	defer f.Close()
-	size, err := f.Seek(0, 2)
-	if err != nil {
-		return 0, fmt.Errorf("measure VDI %s: %w", s.rec.UUID, err)
-	}
-	return size, nil
+	size, _, err := p.measure(ctx, s)
+	return size, err
 }
 
 // progressOf reports to the task of ctx.
@@ -175,6 +137,10 @@ func (p *Pool) copyInto(ctx context.Context, s source, dst, into xapi.Ref) error
 	if err != nil {
 		return err
 	}
+	m, err := s.mapOf(ctx)
+	if err != nil {
+		return err
+	}
 	from, err := p.openLive(ctx, s.repo, s.ref, s.rec, sr.ReadOnly)
 	if err != nil {
 		return err
@@ -188,11 +154,11 @@ func (p *Pool) copyInto(ctx context.Context, s source, dst, into xapi.Ref) error
 	if have, err := to.Seek(0, 2); err != nil || have < size {
 		return errors.Join(xapi.NewError(xapi.VDITooSmall, string(into), strconv.FormatInt(size, 10)), err)
 	}
-	if err = zero(ctx, to); err == nil {
-		err = sr.CopyInto(ctx, repo, sr.Live(rec.UUID), from, progressOf(ctx))
+	if err = p.dropMap(ctx, into, rec, repo); err == nil {
+		err = replace(ctx, to, from, m)
 	}
 	if err != nil {
-		return p.inSR(rec.SR, err)
+		return p.inSR(rec.SR, damaged(s.ref, err))
 	}
 	used, err := allocated(to)
 	if err != nil {
@@ -200,6 +166,22 @@ func (p *Pool) copyInto(ctx context.Context, s source, dst, into xapi.Ref) error
 	}
 	err = p.changeVDI(ctx, into, func(rec *VDI) { rec.PhysicalUtilisation = used })
 	return errors.Join(err, p.refreshSizes(ctx, rec.SR, repo))
+}
+
+// replace makes the bytes of from, which m describes when it is not nil, those of to.
+func replace(ctx context.Context, to, from *os.File, m *vdi.Map) error {
+	if m != nil { // not while copying: to may be longer than the map
+		if err := m.Verify(ctx, from, nil); err != nil {
+			return err
+		}
+	}
+	if err := zero(ctx, to); err != nil {
+		return err
+	}
+	if err := vdi.Copy(ctx, to, from, progressOf(ctx)); err != nil {
+		return err
+	}
+	return to.Sync()
 }
 
 // zero makes all of f read as zeros: by one hole, else by writing.
@@ -250,6 +232,9 @@ func (p *Pool) VDIResize(ctx context.Context, ref xapi.Ref, size int64) error {
 	}
 	if size < now && size < rec.VirtualSize {
 		return xapi.NewError(xapi.VDITooSmall, string(ref), strconv.FormatInt(now, 10))
+	}
+	if err := p.dropMap(ctx, ref, rec, repo); err != nil {
+		return err
 	}
 	// A crash after this line leaves a record that is too small; the next
 	// scan or start reads the size again.

@@ -32,8 +32,8 @@ func (p *Pool) isGolden(ref xapi.Ref) (golden bool, err error) {
 }
 
 // VDIFile opens the content of a VDI for a raw export (sr.ReadOnly) or import
-// (sr.ReadWrite) and marks it in use; release closes the file. After an import
-// VDIUpdate should be called. Codes: those of UseVDI, VDI_IN_USE [VDI ref,
+// (sr.ReadWrite) and marks it in use; release closes the file. A VDI that is
+// opened for writing has no block map any more. After an import VDIUpdate should be called. Codes: those of UseVDI, VDI_IN_USE [VDI ref,
 // "import"] when somebody else uses a VDI that is to be written, VDI_READONLY.
 func (p *Pool) VDIFile(ctx context.Context, ref xapi.Ref, mode sr.Mode) (*os.File, func(), error) {
 	take := p.useVDI
@@ -46,6 +46,9 @@ func (p *Pool) VDIFile(ctx context.Context, ref xapi.Ref, mode sr.Mode) (*os.Fil
 	}
 	if mode == sr.ReadWrite {
 		err = p.assertMutable(ref, rec)
+	}
+	if mode == sr.ReadWrite && err == nil {
+		err = p.dropMap(ctx, ref, rec, repo)
 	}
 	var f *os.File
 	if err == nil {

@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"io"
+	"time"
 
 	"github.com/patchd/patchd/pkg/sr"
+	"github.com/patchd/patchd/pkg/store"
 	"github.com/patchd/patchd/pkg/vdi"
 	"github.com/patchd/patchd/pkg/xapi"
 )
@@ -46,4 +48,35 @@ func (p *Pool) VDIMap(ctx context.Context, ref xapi.Ref) (*vdi.Map, error) {
 		err = xapi.NewError(xapi.VDIContentChanged, string(ref), "its block map is gone or damaged").Because(err)
 	}
 	return m, err
+}
+
+// dropMap makes a VDI that its caller holds one that may be written to: its
+// record claims no map any more, then the map goes. Code: VDI_READONLY [VDI
+// ref] for the image of a patch.
+func (p *Pool) dropMap(ctx context.Context, ref xapi.Ref, rec VDI, repo sr.Repository) error {
+	if rec.Map == "" {
+		return nil
+	}
+	intentRef, in := p.newIntent(Intent{Kind: IntentDropMap, SR: rec.SR, VDI: rec.UUID, Ref: ref})
+	defer p.storage.begin(in.UUID)()
+	err := p.Store.Update(ctx, func(tx *store.Tx) error {
+		now, err := store.Read[VDI](tx, ClassVDI, ref)
+		if err != nil {
+			return err
+		}
+		if len(tx.Refs(ClassPatch, "VDI", string(ref))) > 0 {
+			return xapi.NewError(xapi.VDIReadonly, string(ref))
+		}
+		now.Map, now.Damage, now.Checked = "", "", time.Time{}
+		tx.Put(ClassVDI, ref, now)
+		tx.Put(ClassIntent, intentRef, in)
+		return nil
+	})
+	if err != nil && !p.dropped(ctx, intentRef) {
+		return err
+	}
+	if err := p.discard(ctx, repo, intentRef, in); err != nil {
+		p.Log.WithError(err).WithField("VDI", rec.UUID).Warn("the block map of a VDI that is to be written to could not be destroyed; the next sweep or start does it")
+	}
+	return nil
 }
