@@ -7,7 +7,9 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"sync"
 
+	"github.com/patchd/patchd/pkg/sr"
 	"github.com/patchd/patchd/pkg/store"
 	"github.com/patchd/patchd/pkg/xapi"
 )
@@ -19,7 +21,9 @@ import (
 // stay where they are.
 //
 // An SR that cannot be plugged or repaired keeps nobody from the rest of the
-// pool: that is logged, there is a message, and it is tried again at the next start.
+// pool, and the SRs are dealt with side by side: that is logged, there is a
+// message, and it is tried again at the next start. Drafts that have not expired
+// and copies whose task waits for them are kept; see OpenDraft and ResumeCopies.
 func (p *Pool) RepairStorage(ctx context.Context) error {
 	if err := p.finishSRs(ctx); err != nil {
 		return err
@@ -28,25 +32,38 @@ func (p *Pool) RepairStorage(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	for _, ref := range plugs {
-		if err := p.replug(ctx, ref); err != nil {
-			return err
-		}
+	errs := make([]error, len(plugs))
+	var wg sync.WaitGroup
+	for i, ref := range plugs {
+		wg.Go(func() { errs[i] = p.replug(ctx, ref) })
+	}
+	wg.Wait()
+	if err := errors.Join(errs...); err != nil {
+		return err
 	}
 	repos := p.storage.attached()
-	for _, ref := range slices.Sorted(maps.Keys(repos)) {
-		err := p.repairSR(ctx, ref, repos[ref])
-		if err == nil {
-			err = p.compare(ctx, ref, repos[ref], false)
-		}
-		if err != nil && ctx.Err() == nil {
-			err = p.reportSR(ctx, ref, MessageCleanupFailed, err)
-		}
-		if err != nil {
-			return err
-		}
+	errs = make([]error, len(repos))
+	for i, ref := range slices.Sorted(maps.Keys(repos)) {
+		wg.Go(func() { errs[i] = p.repairPlugged(ctx, ref, repos[ref]) })
+	}
+	wg.Wait()
+	if err := errors.Join(errs...); err != nil {
+		return err
 	}
 	return p.dropOrphanIntents(ctx)
+}
+
+// repairPlugged repairs one SR and reads its sizes. What fails there is told to
+// the admin; the error is that of telling.
+func (p *Pool) repairPlugged(ctx context.Context, ref xapi.Ref, repo sr.Repository) error {
+	err := p.repairSR(ctx, ref, repo)
+	if err == nil {
+		err = p.compare(ctx, ref, repo, false)
+	}
+	if err != nil && ctx.Err() == nil {
+		err = p.reportSR(ctx, ref, MessageCleanupFailed, err)
+	}
+	return err
 }
 
 // reportSR tells the admin what is wrong with an SR.

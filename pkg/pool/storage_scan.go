@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"sync"
+	"time"
 
 	"github.com/patchd/patchd/pkg/sr"
 	"github.com/patchd/patchd/pkg/store"
@@ -321,17 +323,36 @@ func (p *Pool) ownerAlive(id xapi.UUID) bool {
 	return err != nil || found
 }
 
-// Sweep destroys the working data of dead jobs in every SR that is plugged
-// here, and finishes what could not be undone when it failed.
+// sweepTime bounds the sweep of one SR.
+const sweepTime = 10 * time.Minute
+
+// Sweep removes, in every SR that is plugged here, what carries our own intent
+// and nobody needs any more: working data of dead jobs, drafts that have
+// expired, copies that nobody waits for, and what could not be undone when it
+// failed. Everything else stays. The SRs are swept side by side, so that one
+// that does not answer keeps nobody from the others.
 func (p *Pool) Sweep(ctx context.Context) error {
-	var errs []error
-	for ref := range p.storage.attached() {
-		repo, release, err := p.useSR(ref)
-		if err != nil {
-			continue // just being unplugged
-		}
-		errs = append(errs, p.repairSR(ctx, ref, repo))
-		release()
+	repos := p.storage.attached()
+	errs := make([]error, len(repos)+1)
+	var wg sync.WaitGroup
+	for i, ref := range slices.Sorted(maps.Keys(repos)) {
+		wg.Go(func() { errs[i] = p.sweepOne(ctx, ref) })
 	}
+	errs[len(repos)] = p.dropOrphanIntents(ctx)
+	wg.Wait()
 	return errors.Join(errs...)
+}
+
+func (p *Pool) sweepOne(ctx context.Context, ref xapi.Ref) error {
+	ctx, cancel := context.WithTimeout(ctx, sweepTime)
+	defer cancel()
+	repo, release, err := p.useSR(ref)
+	if err != nil {
+		return nil // just being unplugged
+	}
+	defer release()
+	if err := p.repairSR(ctx, ref, repo); err != nil {
+		return fmt.Errorf("sweep SR %s: %w", ref, err)
+	}
+	return nil
 }

@@ -242,6 +242,7 @@ func (s *Server) Run(ctx context.Context, ready func()) error {
 	var wg sync.WaitGroup
 	wg.Go(func() { cancel(s.agent.Run(ctx)) })
 	wg.Go(func() { s.housekeeping(ctx) })
+	wg.Go(func() { s.sweeping(ctx) })
 	wg.Go(func() {
 		select {
 		case <-s.leader.Done():
@@ -278,7 +279,7 @@ func (s *Server) repair(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := s.tasks.Repair(ctx, func(ref xapi.Ref) bool { return owned[ref] }); err != nil {
+	if err := s.tasks.Repair(ctx, func(ref xapi.Ref) bool { return owned[ref] || s.pool.OwnsTask(ref) }); err != nil {
 		return err
 	}
 	if err := s.agent.ResyncStamps(ctx); err != nil {
@@ -313,8 +314,8 @@ func (s *Server) ensureStorage(ctx context.Context) error {
 	return s.pool.SetDefaultSR(ctx, ref)
 }
 
-// resume takes up the tasks whose work is durable: open runs, and jobs, also
-// those that ended while nobody could tell their task.
+// resume takes up the tasks whose work is durable: open runs, copies of VDIs, and
+// jobs, also those that ended while nobody could tell their task.
 func (s *Server) resume(ctx context.Context) (map[xapi.Ref]bool, error) {
 	owned := map[xapi.Ref]bool{}
 	refs, runs, err := s.pool.OpenRuns()
@@ -329,6 +330,12 @@ func (s *Server) resume(ctx context.Context) (map[xapi.Ref]bool, error) {
 		if err != nil {
 			return nil, err
 		}
+	}
+	err = s.pool.ResumeCopies(ctx, func(ref xapi.Ref, work func(context.Context) (string, error)) error {
+		return s.takeUp(ctx, ref, work)
+	})
+	if err != nil {
+		return nil, err
 	}
 	jobs, err := s.pool.TaskJobs()
 	if err != nil {
@@ -373,14 +380,33 @@ func (s *Server) takeUp(ctx context.Context, ref xapi.Ref, f func(context.Contex
 	return nil
 }
 
-// housekeepingEvery is how often old records are collected; the sweep of
-// left-over volumes is hourly.
-const housekeepingEvery = 5 * time.Minute
+// housekeepingEvery is how often old records are collected, sweepEvery how often
+// left-over volumes are. At the start the repair of the storage has done that.
+const (
+	housekeepingEvery = 5 * time.Minute
+	sweepEvery        = time.Hour
+)
+
+// sweeping has a loop of its own: an SR that does not answer may keep it waiting.
+func (s *Server) sweeping(ctx context.Context) {
+	tick := time.NewTicker(sweepEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if err := s.pool.Sweep(ctx); err != nil && ctx.Err() == nil {
+			s.log.WithError(err).Error("the sweep failed; it is tried again in an hour")
+		}
+	}
+}
 
 func (s *Server) housekeeping(ctx context.Context) {
 	tick := time.NewTicker(housekeepingEvery)
 	defer tick.Stop()
-	for n := 1; ; n++ {
+	for {
 		select {
 		case <-ctx.Done():
 			return
@@ -388,9 +414,6 @@ func (s *Server) housekeeping(ctx context.Context) {
 		}
 		boundMemory()
 		err := errors.Join(s.tasks.GC(ctx), s.pool.CollectJobs(ctx), s.sessions.GC(ctx))
-		if n%12 == 0 {
-			err = errors.Join(err, s.pool.Sweep(ctx))
-		}
 		if _, rerr := s.state.useReserve(s.dom0, s.log); rerr != nil {
 			err = errors.Join(err, rerr)
 		}
