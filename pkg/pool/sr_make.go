@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/patchd/patchd/pkg/sr"
 	"github.com/patchd/patchd/pkg/store"
@@ -156,6 +157,9 @@ func (p *Pool) SRDestroy(ctx context.Context, ref xapi.Ref) error {
 	}
 	repo := p.storage.repository(ref)
 	if repo != nil {
+		if err := p.dropStrayMaps(ctx, ref, repo); err != nil {
+			return err
+		}
 		if err := assertEmpty(ctx, repo); err != nil {
 			return err
 		}
@@ -191,6 +195,29 @@ func (p *Pool) ownPBD(ref xapi.Ref) (rec PBD, err error) {
 		return xapi.NewError(xapi.SRHasNoPBDs, string(ref))
 	})
 	return rec, err
+}
+
+// dropStrayMaps destroys what is left in an SR that has nothing but block maps
+// that no VDI has: of no use to anybody, for the digest of a map is in a record.
+func (p *Pool) dropStrayMaps(ctx context.Context, ref xapi.Ref, repo sr.Repository) error {
+	volumes, err := repo.Scan(ctx)
+	if err != nil {
+		return err
+	}
+	k, err := p.known(ref)
+	if err != nil {
+		return err
+	}
+	other := func(v sr.Volume) bool { return v.Name.Kind != sr.KindMap || k.has(v.Name.VDI) }
+	if slices.ContainsFunc(volumes, other) {
+		return nil
+	}
+	for _, v := range volumes {
+		if err := destroyVolume(ctx, repo, v.Name); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func assertEmpty(ctx context.Context, repo sr.Repository) error {

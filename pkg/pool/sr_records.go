@@ -106,7 +106,8 @@ func (p *Pool) SRIntroduce(ctx context.Context, uuid xapi.UUID, s SRSpec) (xapi.
 }
 
 // SRForget removes the records of an SR that is plugged nowhere, with its PBDs
-// and VDIs, and leaves what is on disk. Patches in it name no VDI any more.
+// and VDIs, and leaves what is on disk. Patches in it name no VDI any more, and
+// drafts in it are dropped.
 // Codes: HANDLE_INVALID, SR_HAS_PBD [SR ref] while it is plugged, VDI_IN_USE.
 func (p *Pool) SRForget(ctx context.Context, ref xapi.Ref) error {
 	release, err := p.holdSR(ref, "forget")
@@ -132,10 +133,17 @@ func (p *Pool) SRForget(ctx context.Context, ref xapi.Ref) error {
 			}
 			return dropSR(tx, ref)
 		})
-		if err != nil || !more {
+		if err != nil {
 			return err
 		}
+		if !more {
+			break
+		}
 	}
+	if err := p.dropOrphanIntents(ctx); err != nil {
+		p.Log.WithError(err).WithField("SR", ref).Warn("what was in the making in a forgotten SR is still on record; the next sweep or start drops it")
+	}
+	return nil
 }
 
 // forgetBatch is how many VDIs of a forgotten SR one transaction removes: each
