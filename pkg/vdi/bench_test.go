@@ -50,7 +50,7 @@ func BenchmarkLayout(b *testing.B) {
 	for _, size := range []int64{4 * mib, 4 * gib, 32 * gib} {
 		b.Run(fmt.Sprintf("%d MiB", size/mib), func(b *testing.B) {
 			for range b.N {
-				if _, err := newLayout(size); err != nil {
+				if _, err := newLayout(context.Background(), size, Options{Layout: LayoutGo}); err != nil {
 					b.Fatal(err)
 				}
 			}

@@ -6,6 +6,9 @@ import (
 	"io"
 )
 
+// blocksFor is how many blocks size bytes take.
+func blocksFor(size int64) int64 { return (size + blockSize - 1) / blockSize }
+
 // run is a row of blocks.
 type run struct {
 	start int64 // block number in the image
@@ -33,6 +36,13 @@ const (
 	// lengths mark blocks that read as zeros whatever is in them.
 	maxInitialised = 32768
 	maxTreeDepth   = 5
+	// maxNodes bounds the blocks of one extent tree that are read.
+	maxNodes = 1024
+
+	rootInode   = 2
+	extentsFlag = 0x80000
+	rootAt      = 0x28 // of the extent tree, in the inode
+	rootSize    = 60
 )
 
 // openExt4 reads the superblock.
@@ -118,26 +128,91 @@ func firstClear(bits []byte, n int64) (start, count int64) {
 // joined, and its size in bytes. A file with holes or uninitialised extents is
 // an error: its blocks would not read as what is written to them.
 func (v *ext4View) extents(inode int64) (runs []run, size int64, err error) {
+	b, _, err := v.readInode(inode)
+	if err != nil {
+		return nil, 0, err
+	}
+	t, err := v.tree(b)
+	if err != nil {
+		return nil, 0, fmt.Errorf("inode %d: %w", inode, err)
+	}
+	for _, r := range t.extents {
+		runs = appendRun(runs, r)
+	}
+	le := binary.LittleEndian
+	return runs, int64(le.Uint32(b[4:])) | int64(le.Uint32(b[0x6c:]))<<32, nil
+}
+
+// readInode gives the bytes of an inode and where they are.
+func (v *ext4View) readInode(inode int64) (b []byte, at int64, err error) {
+	if inode < 1 || (inode-1)/v.inodesPerGroup >= v.groups() {
+		return nil, 0, fmt.Errorf("there is no inode %d", inode)
+	}
 	_, table, err := v.descriptor((inode - 1) / v.inodesPerGroup)
 	if err != nil {
 		return nil, 0, err
 	}
-	b := make([]byte, v.inodeSize)
-	if _, err := v.r.ReadAt(b, table*blockSize+(inode-1)%v.inodesPerGroup*v.inodeSize); err != nil {
+	b = make([]byte, v.inodeSize)
+	at = table*blockSize + (inode-1)%v.inodesPerGroup*v.inodeSize
+	if _, err := v.r.ReadAt(b, at); err != nil {
 		return nil, 0, fmt.Errorf("read inode %d: %w", inode, err)
 	}
-	le := binary.LittleEndian
-	size = int64(le.Uint32(b[4:])) | int64(le.Uint32(b[0x6c:]))<<32
+	return b, at, nil
+}
+
+// tree is the extent tree of a file: its extents in order, and the blocks that
+// the tree itself takes.
+type tree struct {
+	extents []run
+	nodes   []int64
+}
+
+// tree reads the extent tree of an inode. A file with holes is an error.
+func (v *ext4View) tree(inode []byte) (t tree, err error) {
+	if binary.LittleEndian.Uint32(inode[0x20:])&extentsFlag == 0 {
+		return t, fmt.Errorf("its blocks are not in extents")
+	}
 	next := int64(0)
-	err = v.walk(b[0x28:0x64], maxTreeDepth, func(at int64, r run) error {
+	err = v.walk(inode[rootAt:rootAt+rootSize], maxTreeDepth, &t.nodes, func(at int64, r run) error {
 		if at != next {
-			return fmt.Errorf("inode %d: extent for block %d where block %d is due", inode, at, next)
+			return fmt.Errorf("extent for block %d where block %d is due", at, next)
 		}
 		next += r.count
-		runs = appendRun(runs, r)
+		t.extents = append(t.extents, r)
 		return nil
 	})
-	return runs, size, err
+	return t, err
+}
+
+// lookup gives the inode of a name in the root directory.
+func (v *ext4View) lookup(name string) (int64, error) {
+	runs, size, err := v.extents(rootInode)
+	if err != nil {
+		return 0, fmt.Errorf("root directory: %w", err)
+	}
+	if size > mib {
+		return 0, fmt.Errorf("root directory of %d bytes", size)
+	}
+	le := binary.LittleEndian
+	b := make([]byte, blockSize)
+	for _, r := range runs {
+		for i := range r.count {
+			if _, err := v.r.ReadAt(b, (r.start+i)*blockSize); err != nil {
+				return 0, fmt.Errorf("read root directory: %w", err)
+			}
+			for e := b; len(e) >= 8; {
+				inode, length, n := int64(le.Uint32(e)), int(le.Uint16(e[4:])), int(e[6])
+				if length < 8+n || length > len(e) {
+					break
+				}
+				if inode != 0 && string(e[8:8+n]) == name {
+					return inode, nil
+				}
+				e = e[length:]
+			}
+		}
+	}
+	return 0, fmt.Errorf("no file %q in the image", name)
 }
 
 // appendRun adds r, joined to the last run where it goes on from there.
@@ -149,8 +224,9 @@ func appendRun(runs []run, r run) []run {
 	return append(runs, r)
 }
 
-// walk visits the extents below one node of an extent tree, in order.
-func (v *ext4View) walk(node []byte, depth int, visit func(at int64, r run) error) error {
+// walk visits the extents below one node of an extent tree, in order, and
+// collects the blocks of the nodes.
+func (v *ext4View) walk(node []byte, depth int, nodes *[]int64, visit func(at int64, r run) error) error {
 	le := binary.LittleEndian
 	if le.Uint16(node) != extentMagic {
 		return fmt.Errorf("extent node without its magic number")
@@ -176,7 +252,10 @@ func (v *ext4View) walk(node []byte, depth int, visit func(at int64, r run) erro
 		if _, err := v.r.ReadAt(child, at*blockSize); err != nil {
 			return fmt.Errorf("read extent node: %w", err)
 		}
-		if err := v.walk(child, level-1, visit); err != nil {
+		if *nodes = append(*nodes, at); len(*nodes) > maxNodes {
+			return fmt.Errorf("extent tree of more than %d blocks", maxNodes)
+		}
+		if err := v.walk(child, level-1, nodes, visit); err != nil {
 			return err
 		}
 	}

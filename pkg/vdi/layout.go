@@ -1,178 +1,117 @@
 package vdi
 
 import (
+	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
-	"slices"
 	"time"
 
-	"github.com/diskfs/go-diskfs/filesystem"
-	"github.com/diskfs/go-diskfs/filesystem/ext4"
+	"github.com/patchd/patchd/pkg/dom0"
 )
 
-// A layout is the filesystem around the bytes of `patch`, made in memory by
-// go-diskfs, which never sees the bytes themselves. It hands out rows of free
-// blocks one after another, in the order of the disk:
-//
-//	r, err := l.next()     // the first row of free blocks: fill it, wholly or in part
-//	err = l.take(n)        // now its first n blocks belong to `patch`
-//	…
-//	err = l.finish(size)   // the file has size bytes, mode 0755; write l.pages to the image
-//
-// That works because go-diskfs gives a request the first row of free blocks
-// that is long enough. A request that is no longer than the very first row gets
-// its beginning; since no earlier gap is left, a shorter request gets the same
-// place. So blocks may be filled before they are reserved, and a stream of
-// unknown length ends with exactly as many as it needs. What really was
-// reserved is read back and compared, never assumed.
-//
-// Steered around in go-diskfs v1.9.4: it chooses 1 KiB blocks for small images
-// (SectorsPerBlock), a broken layout with few inodes (128 a group), extent blocks
-// without checksum (no metadata_csum), panics on writes of odd length (only whole
-// blocks are written), Truncate that frees nothing (only ever by less than a block).
-type layout struct {
-	pages *pages
-	fs    *ext4.FileSystem
-	file  filesystem.File
-	inode int64
+// LayoutKind says who makes the filesystem of an image.
+type LayoutKind string
 
-	group int64 // where the search for free blocks goes on
-	ready run   // handed out by next, not yet taken
-	runs  []run // taken, neighbours joined
-	taken int64 // blocks
-}
-
+// The layout writers.
 const (
-	inodesPerGroup = 128
-	groupBytes     = 8 * blockSize * blockSize // what one group describes: 128 MiB
-	// keepBlocks stay free for the blocks of the extent tree.
-	keepBlocks = 8
+	// LayoutAuto takes mke2fs for large images where it is installed, else go.
+	LayoutAuto LayoutKind = ""
+	// LayoutGo is go-diskfs, in memory.
+	LayoutGo LayoutKind = "go"
+	// LayoutMke2fs is mke2fs of e2fsprogs, run on a file in memory.
+	LayoutMke2fs LayoutKind = "mke2fs"
 )
+
+// autoMke2fs is the smallest image that LayoutAuto leaves to mke2fs: below it
+// go-diskfs is as fast.
+const autoMke2fs = 128 * mib
+
+// keepBlocks stay free in an image, for the blocks of the extent tree.
+const keepBlocks = 8
 
 var errNoBlocks = errors.New("no free blocks left in the image")
 
-// guard turns a panic of the layout writer into an error.
-func guard(doing string, f func() error) (err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			err = fmt.Errorf("%s: the layout writer panicked: %v", doing, p)
+// layouter is the filesystem around the bytes of `patch`. It lives in memory and
+// never sees the bytes themselves: it hands out rows of blocks one after
+// another, in the order of the file.
+//
+//	r, err := l.next()           // the next row of blocks: fill it, wholly or in part
+//	err = l.take(n)              // its first n blocks belong to `patch`
+//	…
+//	end, err := l.finish(size, now) // the file has size bytes and mode 0755: write end to the image
+//
+// Rows depend on the size of the image and on nothing else, so that an
+// interrupted image can be gone on with.
+type layouter interface {
+	next() (run, error) // errNoBlocks when the image is full
+	take(n int64) error
+	finish(size int64, now time.Time) (ending, error)
+}
+
+// ending is what the image needs once its payload is in place.
+type ending struct {
+	pages *pages // to be written
+	freed []run  // blocks that were the file's and are to read as zeros
+}
+
+// newLayout makes the filesystem of a fresh image of size bytes. The second
+// result tells whether the choice was free and fell back to go.
+func newLayout(ctx context.Context, size int64, o Options) (layouter, error) {
+	switch o.Layout {
+	case LayoutGo:
+		return newGoLayout(size)
+	case LayoutMke2fs:
+		return newMke2fsLayout(ctx, o.Dom0, size)
+	}
+	if size < autoMke2fs || o.Dom0 == nil || mke2fsPath() == "" {
+		return newGoLayout(size)
+	}
+	l, err := newMke2fsLayout(ctx, o.Dom0, size)
+	if err == nil || ctx.Err() != nil || o.Done > 0 {
+		return l, err
+	}
+	// An old mke2fs without hugefiles: what it made is not used.
+	return newGoLayout(size)
+}
+
+// CheckLayout tells whether images can be laid out as kind says on this
+// machine. It is asked when the program starts.
+func CheckLayout(kind LayoutKind, d dom0.Dom0) error {
+	switch kind {
+	case LayoutAuto, LayoutGo:
+		return nil
+	case LayoutMke2fs:
+		if mke2fsPath() == "" {
+			return fmt.Errorf("mke2fs is not installed (looked in %v): install e2fsprogs, or let the layout be chosen", toolDirs)
 		}
-	}()
-	if err := f(); err != nil {
-		return fmt.Errorf("%s: %w", doing, err)
-	}
-	return nil
-}
-
-// newLayout makes the filesystem of an image of size bytes with an empty `patch`.
-func newLayout(size int64) (*layout, error) {
-	l := &layout{pages: &pages{size: size, m: map[int64][]byte{}}}
-	return l, guard("lay out ext4", func() error { return l.create(size) })
-}
-
-func (l *layout) create(size int64) error {
-	groups := (size + groupBytes - 1) / groupBytes
-	fs, err := ext4.Create(l.pages, size, 0, 512, &ext4.Params{
-		SectorsPerBlock: blockSize / 512,
-		InodeCount:      uint32(groups) * inodesPerGroup,
-		VolumeName:      "patchd",
-		Features: []ext4.FeatureOpt{
-			ext4.WithFeatureHasJournal(false),
-			ext4.WithFeatureReservedGDTBlocksForExpansion(false),
-			ext4.WithFeatureMetadataChecksums(false),
-		},
-	})
-	if err != nil {
-		return err
-	}
-	l.fs = fs
-	if err := fs.Mkdir("lost+found"); err != nil {
-		return fmt.Errorf("make lost+found: %w", err)
-	}
-	if l.file, err = fs.OpenFile("/"+FileName, os.O_CREATE|os.O_RDWR); err != nil {
-		return err
-	}
-	info, err := l.file.Stat()
-	if err != nil {
-		return err
-	}
-	st, ok := info.Sys().(*ext4.StatT)
-	if !ok || st.Ino <= 10 {
-		return fmt.Errorf("`patch` has no inode of its own: %+v", info.Sys())
-	}
-	l.inode = int64(st.Ino)
-	return nil
-}
-
-// next gives the row of blocks that come next, at most 32768. errNoBlocks when
-// the image is full.
-func (l *layout) next() (run, error) {
-	v, err := openExt4(l.pages)
-	if err != nil {
-		return run{}, err
-	}
-	r, group, ok, err := v.firstFree(l.group)
-	if err != nil {
-		return run{}, err
-	}
-	r.count = min(r.count, maxInitialised, v.free-keepBlocks)
-	if !ok || r.count <= 0 {
-		return run{}, errNoBlocks
-	}
-	l.group, l.ready = group, r
-	return r, nil
-}
-
-// take reserves the first n blocks of what next gave.
-func (l *layout) take(n int64) error {
-	if n == 0 {
+		if d == nil {
+			return errors.New("mke2fs cannot be run here")
+		}
 		return nil
 	}
-	err := guard("reserve blocks", func() error {
-		if _, err := l.file.Seek((l.taken+n-1)*blockSize, io.SeekStart); err != nil {
-			return err
-		}
-		_, err := l.file.Write(zeroBlock[:])
-		return err
-	})
-	if err != nil {
-		return err
-	}
-	l.taken += n
-	l.runs = appendRun(l.runs, run{l.ready.start, n})
-	return nil
+	return fmt.Errorf("there is no layout writer %q: auto, go or mke2fs", kind)
 }
 
-// finish gives the file its size, mode and times, and checks that it has the
-// blocks that were filled.
-func (l *layout) finish(size int64, now time.Time) error {
-	if (size+blockSize-1)/blockSize != l.taken {
-		return fmt.Errorf("file of %d bytes in %d blocks", size, l.taken)
+// ParseLayout reads the name of a layout writer: auto, go or mke2fs.
+func ParseLayout(name string) (LayoutKind, error) {
+	switch kind := LayoutKind(name); kind {
+	case "auto":
+		return LayoutAuto, nil
+	case LayoutGo, LayoutMke2fs:
+		return kind, nil
 	}
-	err := guard("finish ext4", func() error {
-		if err := l.fs.Truncate("/"+FileName, size); err != nil {
-			return err
+	return "", fmt.Errorf("there is no layout writer %q: auto, go or mke2fs", name)
+}
+
+// toolDirs are searched for mke2fs: never the PATH of whoever started us.
+var toolDirs = []string{"/usr/sbin", "/sbin", "/usr/bin", "/bin", "/usr/local/sbin"}
+
+func mke2fsPath() string {
+	for _, dir := range toolDirs {
+		if st, err := os.Stat(dir + "/mke2fs"); err == nil && st.Mode().IsRegular() && st.Mode()&0o111 != 0 {
+			return dir + "/mke2fs"
 		}
-		if err := l.fs.Chmod(FileName, 0o755); err != nil {
-			return err
-		}
-		return l.fs.Chtimes("/"+FileName, now, now, now)
-	})
-	if err != nil {
-		return err
 	}
-	v, err := openExt4(l.pages)
-	if err != nil {
-		return err
-	}
-	runs, got, err := v.extents(l.inode)
-	if err != nil {
-		return err
-	}
-	if got != size || !slices.Equal(runs, l.runs) {
-		return fmt.Errorf("the layout writer reserved other blocks than were filled: %v, not %v", runs, l.runs)
-	}
-	return nil
+	return ""
 }

@@ -19,10 +19,12 @@ var zeroBlock [blockSize]byte
 
 // pages is an image in memory that keeps only what is not zero, by blocks. The
 // layout writer works on it; what it reserves but never writes takes no room.
-// It is used by one goroutine.
+// Over an image that is there it keeps what was changed. It is used by one
+// goroutine.
 type pages struct {
 	size int64
 	m    map[int64][]byte // by block number
+	base io.ReaderAt      // what is below; nil: zeros
 }
 
 var (
@@ -32,7 +34,7 @@ var (
 
 var errNoFile = errors.New("an image in memory has no file")
 
-// ReadAt reads p, with zeros where nothing was written.
+// ReadAt reads p; where nothing was written, what is below.
 func (m *pages) ReadAt(p []byte, off int64) (int, error) {
 	if off < 0 || off+int64(len(p)) > m.size {
 		return 0, io.ErrUnexpectedEOF
@@ -43,8 +45,10 @@ func (m *pages) ReadAt(p []byte, off int64) (int, error) {
 		k := min(len(p)-n, int(blockSize-in))
 		if pg, ok := m.m[at/blockSize]; ok {
 			copy(p[n:n+k], pg[in:])
-		} else {
+		} else if m.base == nil {
 			clear(p[n : n+k])
+		} else if _, err := m.base.ReadAt(p[n:n+k], at); err != nil {
+			return n, err
 		}
 		n += k
 	}
@@ -62,11 +66,16 @@ func (m *pages) WriteAt(p []byte, off int64) (int, error) {
 		k := min(len(p)-n, int(blockSize-in))
 		pg, ok := m.m[at/blockSize]
 		if !ok {
-			if isZero(p[n : n+k]) {
+			if m.base == nil && isZero(p[n:n+k]) {
 				n += k
 				continue
 			}
 			pg = make([]byte, blockSize)
+			if m.base != nil {
+				if _, err := m.base.ReadAt(pg, at-in); err != nil {
+					return n, err
+				}
+			}
 			m.m[at/blockSize] = pg
 		}
 		copy(pg[in:], p[n:n+k])
@@ -75,13 +84,45 @@ func (m *pages) WriteAt(p []byte, off int64) (int, error) {
 	return len(p), nil
 }
 
-// writeTo writes every block to its place in w, neighbours in one piece.
-func (m *pages) writeTo(w io.WriterAt) error {
+// load takes over what is not zero in f.
+func (m *pages) load(f *os.File) error {
+	buf := make([]byte, mib)
+	for at := int64(0); at < m.size; {
+		from, to, err := dataAfter(f, at, m.size)
+		if err != nil {
+			return err
+		}
+		for from < to {
+			n := min(to-from, mib)
+			if _, err := f.ReadAt(buf[:n], from); err != nil {
+				return err
+			}
+			if _, err := m.WriteAt(buf[:n], from); err != nil {
+				return err
+			}
+			from += n
+		}
+		at = to
+	}
+	return nil
+}
+
+// blocks are the numbers of the blocks that are kept, in order.
+func (m *pages) blocks() []int64 {
 	blocks := make([]int64, 0, len(m.m))
-	for b := range m.m {
+	for b, pg := range m.m {
+		if m.base == nil && isZero(pg) {
+			continue
+		}
 		blocks = append(blocks, b)
 	}
 	slices.Sort(blocks)
+	return blocks
+}
+
+// writeTo writes every block to its place in w, neighbours in one piece.
+func (m *pages) writeTo(w io.WriterAt) error {
+	blocks := m.blocks()
 	for i := 0; i < len(blocks); {
 		j := i + 1
 		for j < len(blocks) && blocks[j] == blocks[j-1]+1 && j-i < 256 {

@@ -8,62 +8,76 @@ import (
 	"os"
 	"strconv"
 	"sync"
-	"syscall"
-	"time"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/patchd/patchd/pkg/dom0"
-	"github.com/patchd/patchd/pkg/fault"
 	"github.com/patchd/patchd/pkg/xapi"
 )
 
 const (
 	bufferSize = 4 * mib
+	// buffers is how many there are: one is filled while others are hashed and written.
+	buffers = 4
 	// holePiece is the unit in which zeros are left out of the image.
 	holePiece = 64 << 10
 )
 
 var errAborted = errors.New("image writer aborted")
 
-// Writer streams `patch` into a fresh image. One goroutine calls its methods;
-// the bytes go to the disk in another while the next ones are received and
-// hashed. It holds two buffers of 4 MiB, whatever the size.
+// Writer streams `patch` into an image. One goroutine calls its methods, which
+// only copy; of two others, one writes full buffers to the disk and one makes
+// the block map. It holds a few buffers, whatever the size.
 type Writer struct {
-	ctx   context.Context
-	f     *os.File // the image; metadata and sync
-	out   *os.File // the same without page cache where that is possible
-	size  int64
-	total int64 // bytes taken by Write
-	ended bool
+	ctx    context.Context // ends with the one of NewWriter, and by Abort
+	cancel context.CancelCauseFunc
+	f      *os.File // the image; metadata and sync
+	out    *os.File // the same without page cache where that is possible
+	o      Options
+	length int64 // of the image
+	size   int64 // of its filesystem
+	total  int64 // bytes taken by Write
+	ended  bool
 
-	cur   []byte // the buffer being filled, or nil
-	n     int
-	bufs  [][]byte
-	empty chan []byte
-	full  chan []byte
+	cur   *buffer // the buffer being filled, or nil
+	mem   []byte
+	empty chan *buffer
+	full  chan job
+	hash  chan *buffer
 
-	done   chan struct{} // closed when the flusher has ended
-	mu     sync.Mutex
-	failed error
+	flushed atomic.Int64
+	done    chan struct{} // closed when the flusher has ended
+	mapped  chan struct{} // closed when the mapper has ended
+	mu      sync.Mutex
+	failed  error
 
 	// owned by the flusher until done is closed
-	layout *layout
-	used   int64 // blocks of layout.ready that are filled
+	layout layouter
+	ready  run   // of the layout, not yet taken
+	used   int64 // blocks of ready that are filled
+	prior  []run // where the bytes of an earlier Writer are, not yet given again
+	old    []byte
+
+	resume *Payload // the bytes of an earlier Writer
+
+	sums mapper // owned by the mapper until mapped is closed
 }
 
-// LayoutKind says who makes the filesystem of an image.
-type LayoutKind string
+// buffer holds a piece of the payload on its way to the image.
+type buffer struct {
+	mem   []byte
+	n     int   // bytes filled
+	skip  int   // the first bytes that stand in the image already
+	parts []run // where the blocks go
+	users atomic.Int32
+}
 
-// The layout writers.
-const (
-	// LayoutAuto takes mke2fs for large images where it is installed, else go.
-	LayoutAuto LayoutKind = ""
-	// LayoutGo is go-diskfs, in memory.
-	LayoutGo LayoutKind = "go"
-	// LayoutMke2fs is mke2fs of e2fsprogs with a "hugefile".
-	LayoutMke2fs LayoutKind = "mke2fs"
-)
+// job is a buffer to write, or a question for the end of what was sent before.
+type job struct {
+	b     *buffer
+	reply chan struct{}
+}
 
 // Options steer a Writer; the zero value is right for a patch.
 type Options struct {
@@ -71,13 +85,13 @@ type Options struct {
 	Layout LayoutKind
 	// Dom0 runs mke2fs; nil: only LayoutGo.
 	Dom0 dom0.Dom0
-	// Buffer is the size of one buffer in bytes; 0: the default. The bytes that
-	// Flushed is behind Write are at most those of a few buffers.
+	// Buffer is the size of one buffer in bytes; 0: the default. Flushed is
+	// behind Write by four buffers at most.
 	Buffer int
 	// Done is how many bytes of the payload, a multiple of 4096, stand in the
 	// image already: an earlier Writer with the same size, expect and Layout
 	// wrote them and was interrupted. Resume reads them; they must be given to
-	// Write again, which does not write them.
+	// Write again, which does not write them. Whatever else is in the image goes.
 	Done int64
 	// Over tells that the image is a copy of one made here whose `patch` has
 	// as many blocks as expect needs (see Fits). Blocks that are the same are
@@ -92,40 +106,72 @@ type Written struct {
 }
 
 // NewWriter begins an image of virtualSize bytes in f: a sparse file just made
-// with O_EXCL, or a block device that reads as zeros. expect is the payload's
-// likely length in bytes, -1 when not known; fewer bytes may come, and more as
-// far as the image holds them. When ctx ends, so does writing.
+// with O_EXCL, or a block device that reads as zeros; with Done or Over what
+// these say. expect is the payload's likely length in bytes, -1 when not known;
+// fewer bytes may come, and more as far as the image holds them. When ctx ends,
+// so does writing.
 //
 // Codes: MESSAGE_TOO_LARGE when the image cannot hold expect bytes.
-func NewWriter(ctx context.Context, f *os.File, virtualSize, expect int64, _ Options) (*Writer, error) {
-	if virtualSize < minSize || virtualSize%blockSize != 0 {
-		return nil, fmt.Errorf("image of %d bytes: smaller than %d, or not in blocks of %d", virtualSize, minSize, blockSize)
-	}
-	if expect > min(virtualSize, maxSize) {
-		return nil, tooLarge(virtualSize, nil)
-	}
-	if err := checkFresh(f, virtualSize); err != nil {
+func NewWriter(ctx context.Context, f *os.File, virtualSize, expect int64, o Options) (*Writer, error) {
+	if err := checkRequest(f, virtualSize, expect, o); err != nil {
 		return nil, err
 	}
 	w := &Writer{
-		ctx: ctx, f: f, out: openDirect(f), size: min(virtualSize, maxSize),
-		empty: make(chan []byte, 2), full: make(chan []byte, 2), done: make(chan struct{}),
+		f: f, o: o, length: virtualSize, size: min(virtualSize, maxSize),
+		empty: make(chan *buffer, buffers), full: make(chan job, buffers+1), hash: make(chan *buffer, buffers),
+		done: make(chan struct{}), mapped: make(chan struct{}),
 	}
-	length := bufferSize
-	if expect >= 0 && expect < bufferSize {
-		length = max((expect+blockSize-1)/blockSize, 16) * blockSize
+	w.sums.size = virtualSize
+	w.ctx, w.cancel = context.WithCancelCause(ctx)
+	if err := w.prepare(expect); err != nil {
+		w.cancel(err)
+		return nil, err
 	}
-	for range 2 {
-		b, err := unix.Mmap(-1, 0, int(length), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
-		if err != nil {
-			w.release()
-			return nil, fmt.Errorf("memory for the image writer: %w", err)
-		}
-		w.bufs = append(w.bufs, b)
-		w.empty <- b
+	w.out = openDirect(f)
+	if err := w.allocate(expect); err != nil {
+		w.release()
+		return nil, err
 	}
 	go w.flush()
+	go w.makeMap()
 	return w, nil
+}
+
+// checkRequest refuses what cannot become an image.
+func checkRequest(f *os.File, virtualSize, expect int64, o Options) error {
+	if virtualSize < minSize || virtualSize%blockSize != 0 {
+		return fmt.Errorf("image of %d bytes: smaller than %d, or not in blocks of %d", virtualSize, minSize, blockSize)
+	}
+	if expect > min(virtualSize, maxSize) {
+		return tooLarge(virtualSize, nil)
+	}
+	if o.Done < 0 || o.Done%blockSize != 0 || o.Done > virtualSize {
+		return fmt.Errorf("%d bytes of the payload cannot be there: not in blocks of %d", o.Done, blockSize)
+	}
+	if o.Buffer < 0 || o.Buffer%blockSize != 0 || int64(o.Buffer) > 64*mib {
+		return fmt.Errorf("buffers of %d bytes: not in blocks of %d, or too large", o.Buffer, blockSize)
+	}
+	return checkImage(f, virtualSize, o.Done > 0 || o.Over)
+}
+
+// allocate makes the buffers: outside of the heap, aligned as O_DIRECT wants them.
+func (w *Writer) allocate(expect int64) error {
+	length, count := int64(bufferSize), buffers
+	if w.o.Buffer > 0 {
+		length = int64(w.o.Buffer)
+	}
+	if expect >= 0 && expect < length {
+		length, count = max(blocksFor(expect), 16)*blockSize, 2
+	}
+	mem, err := unix.Mmap(-1, 0, int(length)*count, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
+	if err != nil {
+		return fmt.Errorf("memory for the image writer: %w", err)
+	}
+	w.mem = mem
+	for i := range count {
+		w.empty <- &buffer{mem: mem[i*int(length) : (i+1)*int(length)]}
+	}
+	return nil
 }
 
 // tooLarge says that the payload does not fit, and the cure.
@@ -146,80 +192,144 @@ func (w *Writer) Write(p []byte) (int, error) {
 	if w.ended {
 		return 0, errAborted
 	}
-	if w.total+int64(len(p)) > w.size {
-		return 0, tooLarge(w.size, nil)
-	}
 	written := 0
 	for len(p) > 0 {
-		if w.cur == nil {
-			select {
-			case <-w.ctx.Done():
-				return written, context.Cause(w.ctx)
-			case <-w.done:
-				return written, w.failure()
-			case w.cur = <-w.empty:
-				w.n = 0
-			}
+		if w.total+int64(len(p)) > w.size {
+			return written, tooLarge(w.size, nil)
 		}
-		k := copy(w.cur[w.n:], p)
-		w.n += k
+		if err := w.room(); err != nil {
+			return written, err
+		}
+		k := copy(w.cur.mem[w.cur.n:], p)
+		w.filled(k)
 		p = p[k:]
 		written += k
-		w.total += int64(k)
-		if w.n == len(w.cur) {
-			w.full <- w.cur // two buffers, room for two: never blocks
-			w.cur = nil
-		}
 	}
 	return written, nil
 }
 
-// Finish waits until every byte is written, writes the filesystem around them
-// and syncs the image.
+// ReadFrom takes everything r gives, straight into the buffers: with it io.Copy
+// needs none of its own.
 //
-// Codes: MESSAGE_TOO_LARGE.
-func (w *Writer) Finish(ctx context.Context) (Written, error) {
+// Codes: as Write.
+func (w *Writer) ReadFrom(r io.Reader) (int64, error) {
 	if w.ended {
-		return Written{}, errAborted
+		return 0, errAborted
 	}
-	w.ended = true
-	if w.cur != nil {
-		padded := (w.n + blockSize - 1) / blockSize * blockSize
-		clear(w.cur[w.n:padded])
-		w.full <- w.cur[:padded]
+	for taken, idle := int64(0), 0; ; {
+		if err := w.room(); err != nil {
+			return taken, err
+		}
+		n, err := r.Read(w.cur.mem[w.cur.n:])
+		if w.total+int64(n) > w.size {
+			return taken, tooLarge(w.size, nil)
+		}
+		taken += int64(n)
+		w.filled(n)
+		if err == io.EOF {
+			return taken, nil
+		}
+		if err != nil {
+			return taken, err
+		}
+		if idle++; n > 0 {
+			idle = 0
+		}
+		if idle > 100 {
+			return taken, io.ErrNoProgress
+		}
 	}
-	close(w.full)
-	<-w.done
-	defer w.release()
-	if err := w.failure(); err != nil {
-		return Written{}, err
-	}
-	if err := ctx.Err(); err != nil {
-		return Written{}, context.Cause(ctx)
-	}
-	if err := w.layout.take(w.used); err != nil {
-		return Written{}, w.layoutError(err)
-	}
-	if err := w.layout.finish(w.total, time.Now()); err != nil {
-		return Written{}, err
-	}
-	if err := w.layout.pages.writeTo(w.f); err != nil {
-		return Written{}, fmt.Errorf("write filesystem: %w", err)
-	}
-	if err := fault.Point("vdi.sync"); err != nil {
-		return Written{}, err
-	}
-	if err := w.f.Sync(); err != nil {
-		return Written{}, fmt.Errorf("sync image: %w", err)
-	}
-	m, err := BuildMap(ctx, w.f, w.size)
-	if err != nil {
-		return Written{}, err
-	}
-	return Written{w.total, m}, fault.Point("vdi.sync.done")
 }
 
-// Abort ends the writer and lets go of its memory; the image then holds no
+// room makes sure that there is a buffer with room in it.
+func (w *Writer) room() error {
+	if w.cur != nil {
+		return nil
+	}
+	select {
+	case <-w.ctx.Done():
+		return context.Cause(w.ctx)
+	case <-w.done:
+		return w.failure()
+	case w.cur = <-w.empty:
+		w.cur.n = 0
+		return nil
+	}
+}
+
+// filled counts n more bytes in the buffer and sends it off when it is full.
+func (w *Writer) filled(n int) {
+	w.cur.n += n
+	w.total += int64(n)
+	if w.cur.n == len(w.cur.mem) {
+		w.send()
+	}
+}
+
+// send gives the buffer to the flusher. There is room for all of them, so it
+// never blocks.
+func (w *Writer) send() {
+	w.full <- job{b: w.cur}
+	w.cur = nil
+}
+
+// Flushed is how many bytes of the payload, from its beginning, were written to
+// the image or stood there before; a crash of this process does not lose them.
+// It may be called by any goroutine.
+func (w *Writer) Flushed() int64 { return w.flushed.Load() }
+
+// Sync brings to the disk what Write has got, but for the last bytes that do not
+// make up a block of 4096; then Flushed counts it.
+func (w *Writer) Sync() error {
+	if w.ended {
+		return errAborted
+	}
+	if err := w.sendBlocks(); err != nil {
+		return err
+	}
+	reply := make(chan struct{})
+	select {
+	case w.full <- job{reply: reply}:
+	case <-w.done:
+		return w.failure()
+	}
+	select {
+	case <-reply:
+	case <-w.done:
+		return w.failure()
+	}
+	if err := w.failure(); err != nil {
+		return err
+	}
+	return effect("vdi.datasync", func() error {
+		if err := unix.Fdatasync(int(w.f.Fd())); err != nil {
+			return fmt.Errorf("sync image: %w", err)
+		}
+		return nil
+	})
+}
+
+// sendBlocks sends off the whole blocks of the buffer that is being filled.
+func (w *Writer) sendBlocks() error {
+	if w.cur == nil || w.cur.n < blockSize {
+		return nil
+	}
+	b := w.cur
+	var tail [blockSize]byte
+	rest := copy(tail[:], b.mem[b.n/blockSize*blockSize:b.n])
+	b.n -= rest
+	w.send()
+	if rest == 0 {
+		return nil
+	}
+	if err := w.room(); err != nil {
+		return err
+	}
+	w.cur.n = copy(w.cur.mem, tail[:rest])
+	return nil
+}
+
+// Abort ends the writer and lets go of its memory. A fresh image then holds no
 // filesystem. After Finish, and twice, it does nothing.
 func (w *Writer) Abort() {
 	if w.ended {
@@ -227,16 +337,27 @@ func (w *Writer) Abort() {
 	}
 	w.ended = true
 	w.fail(errAborted)
-	close(w.full)
-	<-w.done
+	w.cancel(errAborted)
+	w.wait()
 	w.release()
 }
 
+// wait ends the goroutines.
+func (w *Writer) wait() {
+	close(w.full)
+	<-w.done
+	<-w.mapped
+}
+
 func (w *Writer) release() {
-	for _, b := range w.bufs {
-		unix.Munmap(b) //nolint:errcheck // it is our own mapping
+	w.cancel(errAborted)
+	if w.mem != nil {
+		unix.Munmap(w.mem) //nolint:errcheck // it is our own mapping
 	}
-	w.bufs, w.cur = nil, nil
+	if w.old != nil {
+		unix.Munmap(w.old) //nolint:errcheck // it is our own mapping
+	}
+	w.mem, w.old, w.cur = nil, nil, nil
 	if w.out != w.f {
 		w.out.Close()
 	}
@@ -254,127 +375,4 @@ func (w *Writer) fail(err error) {
 	if w.failed == nil {
 		w.failed = err
 	}
-}
-
-// flush is the goroutine that writes full buffers to their place.
-func (w *Writer) flush() {
-	defer close(w.done)
-	l, err := newLayout(w.size)
-	if err != nil {
-		w.fail(err)
-		return
-	}
-	w.layout = l
-	for b := range w.full {
-		if w.failure() != nil {
-			return
-		}
-		if err := w.ctx.Err(); err != nil {
-			w.fail(context.Cause(w.ctx))
-			return
-		}
-		if err := w.place(b); err != nil {
-			w.fail(err)
-			return
-		}
-		w.empty <- b[:cap(b)]
-	}
-}
-
-// place writes b, whole blocks, to the next free blocks of the image.
-func (w *Writer) place(b []byte) error {
-	l := w.layout
-	for len(b) > 0 {
-		if w.used == l.ready.count {
-			if err := l.take(w.used); err != nil {
-				return w.layoutError(err)
-			}
-			w.used = 0
-			if _, err := l.next(); err != nil {
-				return w.layoutError(err)
-			}
-		}
-		k := min(int64(len(b)), (l.ready.count-w.used)*blockSize)
-		if err := w.writeAt(b[:k], (l.ready.start+w.used)*blockSize); err != nil {
-			return fmt.Errorf("write image: %w", err)
-		}
-		w.used += k / blockSize
-		b = b[k:]
-	}
-	return nil
-}
-
-func (w *Writer) layoutError(err error) error {
-	if errors.Is(err, errNoBlocks) {
-		return tooLarge(w.size, err)
-	}
-	return err
-}
-
-// writeAt writes b at off and leaves out zeros: the image reads as zeros there.
-func (w *Writer) writeAt(b []byte, off int64) error {
-	for len(b) > 0 {
-		n := dataLength(b)
-		if n > 0 {
-			if err := w.pwrite(b[:n], off); err != nil {
-				return err
-			}
-		}
-		hole := min(holePiece, len(b)-n)
-		b, off = b[n+hole:], off+int64(n+hole)
-	}
-	return nil
-}
-
-// dataLength is how far b goes on until a piece that holds only zeros.
-func dataLength(b []byte) int {
-	n := 0
-	for n < len(b) && !isZero(b[n:min(n+holePiece, len(b))]) {
-		n = min(n+holePiece, len(b))
-	}
-	return n
-}
-
-// pwrite writes past the page cache; where the filesystem turns out not to
-// take that, it goes on with ordinary writes.
-func (w *Writer) pwrite(b []byte, off int64) error {
-	_, err := w.out.WriteAt(b, off)
-	if errors.Is(err, syscall.EINVAL) && w.out != w.f {
-		w.out.Close()
-		w.out = w.f
-		_, err = w.out.WriteAt(b, off)
-	}
-	return err
-}
-
-// openDirect opens f once more with O_DIRECT, or gives f where that cannot be.
-func openDirect(f *os.File) *os.File {
-	d, err := os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", f.Fd()), os.O_RDWR|unix.O_DIRECT, 0)
-	if err != nil {
-		return f
-	}
-	return d
-}
-
-// checkFresh refuses an image that is too short or already holds data: what is
-// not written must read as zeros.
-func checkFresh(f *os.File, size int64) error {
-	end, err := f.Seek(0, io.SeekEnd)
-	if err != nil {
-		return fmt.Errorf("image: %w", err)
-	}
-	if end < size {
-		return fmt.Errorf("image is %d bytes long, not %d", end, size)
-	}
-	allocated, err := Allocated(f)
-	if err != nil || allocated == 0 {
-		return err
-	}
-	if st, err := f.Stat(); err != nil || !st.Mode().IsRegular() {
-		return err
-	}
-	if at, err := unix.Seek(int(f.Fd()), 0, unix.SEEK_DATA); err == nil {
-		return fmt.Errorf("image is not fresh: it holds data at %d", at)
-	}
-	return nil
 }

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 	"pgregory.net/rapid"
 
+	"github.com/patchd/patchd/pkg/dom0"
 	"github.com/patchd/patchd/pkg/xapi"
 )
 
@@ -42,11 +43,40 @@ func fresh(t testing.TB, size int64) *os.File {
 	return f
 }
 
+// layouts are the options of every layout writer.
+func layouts(t testing.TB) []Options {
+	t.Helper()
+	d, err := dom0.New(dom0.Options{AllowNoCgroup: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { d.Close() })
+	return []Options{{Layout: LayoutGo}, {Layout: LayoutMke2fs, Dom0: d}}
+}
+
+// eachLayout runs a test for every layout writer.
+func eachLayout(t *testing.T, f func(t *testing.T, o Options)) {
+	for _, o := range layouts(t) {
+		t.Run(string(o.Layout), func(t *testing.T) { f(t, o) })
+	}
+}
+
 // write makes an image of what r gives.
 func write(t testing.TB, size, expect int64, r io.Reader) (*os.File, int64) {
 	t.Helper()
+	return writeWith(t, Options{}, size, expect, r)
+}
+
+// writeWith makes an image as o says, and holds its map against the image.
+func writeWith(t testing.TB, o Options, size, expect int64, r io.Reader) (*os.File, int64) {
+	t.Helper()
 	f := fresh(t, size)
-	w, err := NewWriter(context.Background(), f, size, expect, Options{})
+	return f, writeTo(t, f, o, size, expect, r).Size
+}
+
+func writeTo(t testing.TB, f *os.File, o Options, size, expect int64, r io.Reader) Written {
+	t.Helper()
+	w, err := NewWriter(context.Background(), f, size, expect, o)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -55,11 +85,32 @@ func write(t testing.TB, size, expect int64, r io.Reader) (*os.File, int64) {
 		t.Fatal(err)
 	}
 	done, err := w.Finish(context.Background())
-	n := done.Size
 	if err != nil {
 		t.Fatal(err)
 	}
-	return f, n
+	checkMap(t, f, done.Map, size)
+	return done
+}
+
+// checkMap compares a map with the image it is of.
+func checkMap(t testing.TB, f *os.File, m *Map, size int64) {
+	t.Helper()
+	want, err := BuildMap(context.Background(), f, size)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !m.Equal(want) {
+		t.Fatalf("the map made on the way has %d blocks, the image %d: %s", len(m.Blocks), len(want.Blocks), mapDifference(m, want))
+	}
+}
+
+func mapDifference(got, want *Map) string {
+	for i := range max(len(got.Blocks), len(want.Blocks)) {
+		if i >= len(got.Blocks) || i >= len(want.Blocks) || got.Blocks[i] != want.Blocks[i] {
+			return fmt.Sprintf("first difference at entry %d: %v, want %v", i, got.Blocks[i:min(i+1, len(got.Blocks))], want.Blocks[i:min(i+1, len(want.Blocks))])
+		}
+	}
+	return fmt.Sprintf("sizes %d and %d", got.Size, want.Size)
 }
 
 // fsck fails the test unless e2fsck finds nothing at all.
@@ -171,68 +222,76 @@ func checkEnd(t *testing.T, image string, size, n int64) {
 }
 
 func TestWriteSizes(t *testing.T) {
-	for _, n := range []int64{0, 1, 4095, 4096, 4097, 65536, mib - 1, mib, 3 * mib, bufferSize - 1, bufferSize, bufferSize + 1, 9*mib + 5} {
-		for _, known := range []bool{true, false} {
-			t.Run(fmt.Sprintf("%d bytes, length known %v", n, known), func(t *testing.T) {
-				size, expect := Size(n), n
-				if !known {
-					size, expect = Size(-1), -1
-				}
-				f, got := write(t, size, expect, payload(n))
-				if got != n {
-					t.Fatalf("Finish says %d bytes, want %d", got, n)
-				}
-				fsck(t, f.Name())
-				checkMounted(t, f.Name(), n, payload(n))
-			})
+	eachLayout(t, func(t *testing.T, o Options) {
+		for _, n := range []int64{0, 1, 4095, 4096, 4097, 65536, mib - 1, mib, 3 * mib, bufferSize - 1, bufferSize, bufferSize + 1, 9*mib + 5} {
+			for _, known := range []bool{true, false} {
+				t.Run(fmt.Sprintf("%d bytes, length known %v", n, known), func(t *testing.T) {
+					size, expect := Size(n), n
+					if !known {
+						size, expect = Size(-1), -1
+					}
+					f, got := writeWith(t, o, size, expect, payload(n))
+					if got != n {
+						t.Fatalf("Finish says %d bytes, want %d", got, n)
+					}
+					fsck(t, f.Name())
+					checkMounted(t, f.Name(), n, payload(n))
+				})
+			}
 		}
-	}
+	})
 }
 
 func TestImageSizesAreCleanUpToTheLastGroup(t *testing.T) {
-	sizes := []int64{4, 5, 7, 8, 40, 64, 127, 128, 129, 130, 255, 256, 257, 385, 513, 640, 641, 896, 897, 1023, 1024, 1025, 1153, 2049, 3201, 3457, 4096, 8193, 33 * 1024}
-	if testing.Short() {
-		sizes = sizes[:12]
-	}
-	for _, m := range sizes {
-		t.Run(fmt.Sprintf("%d MiB", m), func(t *testing.T) {
-			f, _ := write(t, m*mib, -1, strings.NewReader("#!/bin/sh\n"))
-			fsck(t, f.Name())
-		})
-	}
+	eachLayout(t, func(t *testing.T, o Options) {
+		sizes := []int64{4, 5, 7, 8, 40, 64, 127, 128, 129, 130, 255, 256, 257, 385, 513, 640, 641, 896, 897, 1023, 1024, 1025, 1153, 2049, 3201, 3457, 4096, 8193, 33 * 1024}
+		if testing.Short() {
+			sizes = sizes[:12]
+		}
+		for _, m := range sizes {
+			t.Run(fmt.Sprintf("%d MiB", m), func(t *testing.T) {
+				f, _ := writeWith(t, o, m*mib, -1, strings.NewReader("#!/bin/sh\n"))
+				fsck(t, f.Name())
+			})
+		}
+	})
 }
 
 func TestScratch(t *testing.T) {
-	f, _ := write(t, 300*mib, 70*mib, payload(70*mib))
-	dir := mount(t, f.Name(), "rw")
-	s, err := os.Create(filepath.Join(dir, "scratch"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	n, err := io.Copy(s, payload(400*mib))
-	if err == nil || n < 220*mib {
-		t.Errorf("%d bytes of scratch, then %v", n, err)
-	}
-	s.Close()
-	unmount(t, dir)
-	fsck(t, f.Name())
-	checkMounted(t, f.Name(), 70*mib, payload(70*mib))
+	eachLayout(t, func(t *testing.T, o Options) {
+		f, _ := writeWith(t, o, 300*mib, 70*mib, payload(70*mib))
+		dir := mount(t, f.Name(), "rw")
+		s, err := os.Create(filepath.Join(dir, "scratch"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		n, err := io.Copy(s, payload(400*mib))
+		if err == nil || n < 220*mib {
+			t.Errorf("%d bytes of scratch, then %v", n, err)
+		}
+		s.Close()
+		unmount(t, dir)
+		fsck(t, f.Name())
+		checkMounted(t, f.Name(), 70*mib, payload(70*mib))
+	})
 }
 
 func TestZerosStayHoles(t *testing.T) {
-	const zeros = 2*gib + 1000
-	f, n := write(t, Size(-1), -1, io.MultiReader(payload(mib+1), io.LimitReader(zeroReader{}, zeros), payload(mib)))
-	if n != zeros+2*mib+1 {
-		t.Fatalf("%d bytes", n)
-	}
-	fsck(t, f.Name())
-	if a, err := Allocated(f); err != nil || a > 4*mib {
-		t.Errorf("image takes %d bytes, %v", a, err)
-	}
-	p := openPatch(t, f.Name(), n)
-	same(t, io.NewSectionReader(p, 0, 3*mib), io.MultiReader(payload(mib+1), io.LimitReader(zeroReader{}, 2*mib-1)))
-	same(t, io.NewSectionReader(p, n/2, 3*mib), io.LimitReader(zeroReader{}, 3*mib))
-	same(t, io.NewSectionReader(p, n-mib-9, mib+9), io.MultiReader(io.LimitReader(zeroReader{}, 9), payload(mib)))
+	eachLayout(t, func(t *testing.T, o Options) {
+		const zeros = 2*gib + 1000
+		f, n := writeWith(t, o, Size(-1), -1, io.MultiReader(payload(mib+1), io.LimitReader(zeroReader{}, zeros), payload(mib)))
+		if n != zeros+2*mib+1 {
+			t.Fatalf("%d bytes", n)
+		}
+		fsck(t, f.Name())
+		if a, err := Allocated(f); err != nil || a > 4*mib {
+			t.Errorf("image takes %d bytes, %v", a, err)
+		}
+		p := openPatch(t, f.Name(), n)
+		same(t, io.NewSectionReader(p, 0, 3*mib), io.MultiReader(payload(mib+1), io.LimitReader(zeroReader{}, 2*mib-1)))
+		same(t, io.NewSectionReader(p, n/2, 3*mib), io.LimitReader(zeroReader{}, 3*mib))
+		same(t, io.NewSectionReader(p, n-mib-9, mib+9), io.MultiReader(io.LimitReader(zeroReader{}, 9), payload(mib)))
+	})
 }
 
 type zeroReader struct{}
@@ -242,74 +301,86 @@ func (zeroReader) Read(p []byte) (int, error) { clear(p); return len(p), nil }
 // A payload that ends around the end of a row of free blocks: of the first
 // group, and after the fifth, where the extent tree gets a block of its own.
 func TestWriteEndsAtTheEdgeOfARow(t *testing.T) {
-	l, err := newLayout(gib)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var edges []int64
-	for range 6 {
-		r, err := l.next()
+	eachLayout(t, func(t *testing.T, o Options) {
+		l, err := newLayout(context.Background(), gib, o)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := l.take(r.count); err != nil {
-			t.Fatal(err)
+		var edges []int64
+		taken := int64(0)
+		for len(edges) < 6 {
+			r, err := l.next()
+			if errors.Is(err, errNoBlocks) {
+				break
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := l.take(r.count); err != nil {
+				t.Fatal(err)
+			}
+			taken += r.count
+			edges = append(edges, taken*blockSize)
 		}
-		edges = append(edges, l.taken*blockSize)
-	}
-	for _, i := range []int{0, 3, 4, 5} {
-		for _, d := range []int64{-blockSize - 1, -1, 0, 1, blockSize} {
-			n := edges[i] + d
-			t.Run(fmt.Sprintf("row %d %+d", i, d), func(t *testing.T) {
-				f, _ := write(t, gib, -1, io.MultiReader(io.LimitReader(zeroReader{}, n-9000), payload(9000)))
-				fsck(t, f.Name())
-				checkEnd(t, f.Name(), n, 9000)
-			})
+		edges[len(edges)-1] -= 2 * blockSize // of the last row there may be no more
+		for _, i := range []int{0, len(edges) - 3, len(edges) - 2, len(edges) - 1} {
+			for _, d := range []int64{-blockSize - 1, -1, 0, 1, blockSize} {
+				n := edges[i] + d
+				t.Run(fmt.Sprintf("row %d %+d", i, d), func(t *testing.T) {
+					f, _ := writeWith(t, o, gib, -1, io.MultiReader(io.LimitReader(zeroReader{}, n-9000), payload(9000)))
+					fsck(t, f.Name())
+					checkEnd(t, f.Name(), n, 9000)
+				})
+			}
 		}
-	}
+	})
 }
 
 // capacity is how many bytes an image of size bytes holds.
-func capacity(t *testing.T, size int64) int64 {
+func capacity(t *testing.T, o Options, size int64) int64 {
 	t.Helper()
-	l, err := newLayout(size)
+	l, err := newLayout(context.Background(), size, o)
+	taken := int64(0)
 	for err == nil {
 		var r run
 		if r, err = l.next(); err == nil {
+			taken += r.count
 			err = l.take(r.count)
 		}
 	}
 	if !errors.Is(err, errNoBlocks) {
 		t.Fatal(err)
 	}
-	return l.taken * blockSize
+	return taken * blockSize
 }
 
 func TestWriteFillsTheWholeImageAndRefusesMore(t *testing.T) {
-	for _, size := range []int64{4 * mib, 200 * mib, 700 * mib} {
-		t.Run(fmt.Sprint(size/mib, " MiB"), func(t *testing.T) {
-			f := fresh(t, size)
-			w, err := NewWriter(context.Background(), f, size, -1, Options{})
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer w.Abort()
-			held := capacity(t, size)
-			_, err = io.Copy(w, io.LimitReader(zeroReader{}, held+1))
-			if err == nil {
-				_, err = w.Finish(context.Background())
-			}
-			if !xapi.Is(err, xapi.MessageTooLarge) || !strings.Contains(err.Error(), "gpg -z 0") {
-				t.Fatalf("one byte too much for the image gives %v", err)
-			}
-			if held < size*9/10 && size > 4*mib {
-				t.Errorf("an image of %d bytes holds only %d", size, held)
-			}
-			g, _ := write(t, size, -1, io.MultiReader(io.LimitReader(zeroReader{}, held-5000), payload(5000)))
-			fsck(t, g.Name())
-			checkEnd(t, g.Name(), held, 5000)
-		})
-	}
+	eachLayout(t, func(t *testing.T, o Options) {
+		for _, size := range []int64{4 * mib, 200 * mib, 700 * mib} {
+			t.Run(fmt.Sprint(size/mib, " MiB"), func(t *testing.T) {
+				f := fresh(t, size)
+				w, err := NewWriter(context.Background(), f, size, -1, o)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer w.Abort()
+				held := capacity(t, o, size)
+				_, err = io.Copy(w, io.LimitReader(zeroReader{}, held+1))
+				if err == nil {
+					_, err = w.Finish(context.Background())
+				}
+				if !xapi.Is(err, xapi.MessageTooLarge) || !strings.Contains(err.Error(), "gpg -z 0") {
+					t.Fatalf("one byte too much for the image gives %v", err)
+				}
+				if held < size*9/10 && size > 4*mib {
+					t.Errorf("an image of %d bytes holds only %d", size, held)
+				}
+				g, _ := writeWith(t, o, size, -1, io.MultiReader(io.LimitReader(zeroReader{}, held-5000), payload(5000)))
+				fsck(t, g.Name())
+				checkEnd(t, g.Name(), held, 5000)
+			})
+		}
+	})
 }
 
 func TestNewWriterRefuses(t *testing.T) {
@@ -341,73 +412,79 @@ func TestNewWriterRefuses(t *testing.T) {
 }
 
 func TestWriteOnAFullDiskKeepsENOSPC(t *testing.T) {
-	dir := t.TempDir()
-	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=6m"); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { unmount(t, dir) })
-	f, err := os.Create(filepath.Join(dir, "image"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	if err := f.Truncate(64 * mib); err != nil {
-		t.Fatal(err)
-	}
-	w, err := NewWriter(context.Background(), f, 64*mib, -1, Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer w.Abort()
-	if _, err = io.Copy(w, payload(32*mib)); err == nil {
-		_, err = w.Finish(context.Background())
-	}
-	if !errors.Is(err, syscall.ENOSPC) {
-		t.Errorf("a full disk gives %v", err)
-	}
+	eachLayout(t, func(t *testing.T, o Options) {
+		dir := t.TempDir()
+		if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=6m"); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { unmount(t, dir) })
+		f, err := os.Create(filepath.Join(dir, "image"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		if err := f.Truncate(64 * mib); err != nil {
+			t.Fatal(err)
+		}
+		w, err := NewWriter(context.Background(), f, 64*mib, -1, o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer w.Abort()
+		if _, err = io.Copy(w, payload(32*mib)); err == nil {
+			_, err = w.Finish(context.Background())
+		}
+		if !errors.Is(err, syscall.ENOSPC) {
+			t.Errorf("a full disk gives %v", err)
+		}
+	})
 }
 
 func TestCancelEndsWriting(t *testing.T) {
-	ctx, cancel := context.WithCancelCause(context.Background())
-	f := fresh(t, 64*mib)
-	w, err := NewWriter(ctx, f, 64*mib, -1, Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer w.Abort()
-	why := errors.New("the task was cancelled")
-	if _, err := io.Copy(w, payload(mib)); err != nil {
-		t.Fatal(err)
-	}
-	cancel(why)
-	if _, err = io.Copy(w, payload(40*mib)); err == nil {
-		_, err = w.Finish(ctx)
-	}
-	if !errors.Is(err, why) {
-		t.Errorf("writing after cancel: %v", err)
-	}
+	eachLayout(t, func(t *testing.T, o Options) {
+		ctx, cancel := context.WithCancelCause(context.Background())
+		f := fresh(t, 64*mib)
+		w, err := NewWriter(ctx, f, 64*mib, -1, o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer w.Abort()
+		why := errors.New("the task was cancelled")
+		if _, err := io.Copy(w, payload(mib)); err != nil {
+			t.Fatal(err)
+		}
+		cancel(why)
+		if _, err = io.Copy(w, payload(40*mib)); err == nil {
+			_, err = w.Finish(ctx)
+		}
+		if !errors.Is(err, why) {
+			t.Errorf("writing after cancel: %v", err)
+		}
+	})
 }
 
 func TestAbortLeavesNoFilesystem(t *testing.T) {
-	f := fresh(t, 64*mib)
-	w, err := NewWriter(context.Background(), f, 64*mib, -1, Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := io.Copy(w, payload(9*mib)); err != nil {
-		t.Fatal(err)
-	}
-	w.Abort()
-	w.Abort()
-	if _, err := w.Write([]byte("x")); err == nil {
-		t.Error("a write after Abort is taken")
-	}
-	if _, err := w.Finish(context.Background()); err == nil {
-		t.Error("Finish after Abort is taken")
-	}
-	if _, err := openExt4(f); err == nil {
-		t.Error("the image of an aborted writer holds a filesystem")
-	}
+	eachLayout(t, func(t *testing.T, o Options) {
+		f := fresh(t, 64*mib)
+		w, err := NewWriter(context.Background(), f, 64*mib, -1, o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.Copy(w, payload(9*mib)); err != nil {
+			t.Fatal(err)
+		}
+		w.Abort()
+		w.Abort()
+		if _, err := w.Write([]byte("x")); err == nil {
+			t.Error("a write after Abort is taken")
+		}
+		if _, err := w.Finish(context.Background()); err == nil {
+			t.Error("Finish after Abort is taken")
+		}
+		if _, err := openExt4(f); err == nil {
+			t.Error("the image of an aborted writer holds a filesystem")
+		}
+	})
 }
 
 func TestAPanicOfTheLayoutWriterIsAnError(t *testing.T) {
@@ -419,61 +496,57 @@ func TestAPanicOfTheLayoutWriterIsAnError(t *testing.T) {
 
 // Whatever the size and however the bytes come, they are read back as written.
 func TestWriteReadsBack(t *testing.T) {
-	rapid.Check(t, func(rt *rapid.T) {
-		size := rapid.Int64Range(4, 300).Draw(rt, "MiB") * mib
-		n := rapid.Int64Range(0, min(size*2/3, 5*mib)).Draw(rt, "payload")
-		data, _ := io.ReadAll(payload(n))
-		for range rapid.IntRange(0, 3).Draw(rt, "zeroed stretches") {
-			from := rapid.Int64Range(0, n).Draw(rt, "from")
-			clear(data[from:rapid.Int64Range(from, n).Draw(rt, "to")])
-		}
-		dir, err := os.MkdirTemp(t.TempDir(), "")
-		if err != nil {
-			rt.Fatal(err)
-		}
-		defer os.RemoveAll(dir)
-		f, err := os.Create(filepath.Join(dir, "image"))
-		if err != nil {
-			rt.Fatal(err)
-		}
-		defer f.Close()
-		f.Truncate(size)
-		w, err := NewWriter(context.Background(), f, size, rapid.SampledFrom([]int64{-1, n, min(n+4096, size), n / 2}).Draw(rt, "expected"), Options{})
-		if err != nil {
-			rt.Fatal(err)
-		}
-		defer w.Abort()
-		for rest := data; len(rest) > 0; {
-			k := rapid.IntRange(1, len(rest)).Draw(rt, "piece")
-			if _, err := w.Write(rest[:k]); err != nil {
+	eachLayout(t, func(t *testing.T, o Options) {
+		rapid.Check(t, func(rt *rapid.T) {
+			size := rapid.Int64Range(4, 300).Draw(rt, "MiB") * mib
+			n := rapid.Int64Range(0, min(size*2/3, 5*mib)).Draw(rt, "payload")
+			data, _ := io.ReadAll(payload(n))
+			for range rapid.IntRange(0, 3).Draw(rt, "zeroed stretches") {
+				from := rapid.Int64Range(0, n).Draw(rt, "from")
+				clear(data[from:rapid.Int64Range(from, n).Draw(rt, "to")])
+			}
+			dir, err := os.MkdirTemp(t.TempDir(), "")
+			if err != nil {
 				rt.Fatal(err)
 			}
-			rest = rest[k:]
-		}
-		if got, err := w.Finish(context.Background()); err != nil || got.Size != n {
-			rt.Fatalf("Finish: %d, %v; want %d", got.Size, err, n)
-		}
-		if out, err := exec.Command("e2fsck", "-fn", f.Name()).CombinedOutput(); err != nil {
-			rt.Fatalf("e2fsck: %v\n%s", err, out)
-		}
-		v, err := openExt4(f)
-		if err != nil {
-			rt.Fatal(err)
-		}
-		runs, length, err := v.extents(w.layout.inode)
-		if err != nil {
-			rt.Fatal(err)
-		}
-		var back []byte
-		for _, r := range runs {
-			b := make([]byte, r.count*blockSize)
-			if _, err := f.ReadAt(b, r.start*blockSize); err != nil {
+			defer os.RemoveAll(dir)
+			f, err := os.Create(filepath.Join(dir, "image"))
+			if err != nil {
 				rt.Fatal(err)
 			}
-			back = append(back, b...)
-		}
-		if length != n || !bytes.Equal(back[:n], data) {
-			rt.Fatal("other bytes than were written")
-		}
+			defer f.Close()
+			f.Truncate(size)
+			w, err := NewWriter(context.Background(), f, size, rapid.SampledFrom([]int64{-1, n, min(n+4096, size), n / 2}).Draw(rt, "expected"), o)
+			if err != nil {
+				rt.Fatal(err)
+			}
+			defer w.Abort()
+			for rest := data; len(rest) > 0; {
+				k := rapid.IntRange(1, len(rest)).Draw(rt, "piece")
+				if _, err := w.Write(rest[:k]); err != nil {
+					rt.Fatal(err)
+				}
+				rest = rest[k:]
+			}
+			got, err := w.Finish(context.Background())
+			if err != nil || got.Size != n {
+				rt.Fatalf("Finish: %d, %v; want %d", got.Size, err, n)
+			}
+			if out, err := exec.Command("e2fsck", "-fn", f.Name()).CombinedOutput(); err != nil {
+				rt.Fatalf("e2fsck: %v\n%s", err, out)
+			}
+			checkMap(t, f, got.Map, size)
+			p, err := OpenPayload(f)
+			if err != nil {
+				rt.Fatal(err)
+			}
+			back := make([]byte, p.Size())
+			if _, err := io.ReadFull(io.NewSectionReader(p, 0, p.Size()), back); err != nil {
+				rt.Fatal(err)
+			}
+			if !bytes.Equal(back, data) {
+				rt.Fatal("other bytes than were written")
+			}
+		})
 	})
 }
