@@ -166,3 +166,8 @@ func (i *image) placeData(b []byte, off int64, dirty bool) (int64, error) {
 func clone(dst, src *os.File) bool {
 	return unix.IoctlFileClone(int(dst.Fd()), int(src.Fd())) == nil
 }
+
+// aligned gives a buffer of n bytes, at least 32 KiB, for O_DIRECT: the runtime
+// puts such large ones on a page of their own. Were it not so, the kernel would
+// refuse it and the image be read and written plainly.
+func aligned(n int64) []byte { return make([]byte, n) }
