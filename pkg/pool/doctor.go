@@ -152,15 +152,20 @@ func (p *Pool) examineSR(ctx context.Context, ref xapi.Ref, about Finding) ([]Fi
 	if stat.Free < lowRoom {
 		out[0] = say("room", false, "only %s may still be written: remove disk images there (`patchd vdi list`), or set another default SR", bytesText(stat.Free))
 	}
-	orphans, dead, foreign := p.sortVolumes(before, volumes)
-	if len(orphans) > 0 {
-		out = append(out, say("disk images without a record", false, "%s: `patchd sr scan %s` gives them records as plain VDIs", someOf(orphans, len(orphans)), about.UUID))
-	}
-	if len(dead) > 0 {
-		out = append(out, say("working data of jobs that are over", false, "%s: `patchd sr scan %s` removes it, and so does the hourly sweep", someOf(dead, len(dead)), about.UUID))
-	}
-	if len(foreign) > 0 {
-		out = append(out, say("working data of other hosts or pools", false, "%s: left alone; remove it by hand if that host is gone for good", someOf(foreign, len(foreign))))
+	found := p.sortVolumes(before, volumes)
+	for _, k := range []struct {
+		check string
+		names []string
+		cure  string
+	}{
+		{"disk images without a record", found.orphans, fmt.Sprintf("`patchd sr scan %s` gives them records as plain VDIs", about.UUID)},
+		{"working data of jobs that are over", found.dead, fmt.Sprintf("`patchd sr scan %s` removes it, and so does the hourly sweep", about.UUID)},
+		{"working data of other hosts or pools", found.foreign, "left alone; remove it by hand if that host is gone for good"},
+		{"block maps without an image", found.maps, "nothing reads them; left alone, for patchd has not made them or has lost the record: remove them by hand"},
+	} {
+		if len(k.names) > 0 {
+			out = append(out, say(k.check, false, "%s: %s", someOf(k.names, len(k.names)), k.cure))
+		}
 	}
 	names, total, err := sr.Strangers(ctx, repo, maxNames)
 	if err != nil {
@@ -172,24 +177,32 @@ func (p *Pool) examineSR(ctx context.Context, ref xapi.Ref, about Finding) ([]Fi
 	return out, nil
 }
 
+// unaccounted are volumes that no record accounts for, by what they are.
+type unaccounted struct{ orphans, dead, foreign, maps []string }
+
 // sortVolumes picks the volumes that no record accounts for. A volume that came
 // after the records were read is accounted for by the records as they are now.
-func (p *Pool) sortVolumes(before known, volumes []sr.Volume) (orphans, dead, foreign []string) {
+func (p *Pool) sortVolumes(before known, volumes []sr.Volume) (u unaccounted) {
 	now, err := p.known("")
+	accounted := func(id xapi.UUID) bool { return before.has(id) || err != nil || now.has(id) }
 	for _, v := range volumes {
-		o := v.Name.Owner
+		o, name := v.Name.Owner, v.Name.String()
 		switch {
 		case v.Name.Kind == sr.KindLive:
-			if !before.has(v.Name.VDI) && err == nil && !now.has(v.Name.VDI) {
-				orphans = append(orphans, v.Name.String())
+			if !accounted(v.Name.VDI) {
+				u.orphans = append(u.orphans, name)
+			}
+		case v.Name.Kind == sr.KindMap:
+			if !accounted(v.Name.VDI) {
+				u.maps = append(u.maps, name)
 			}
 		case o.Pool != p.PoolUUID || o.Host != p.SelfUUID:
-			foreign = append(foreign, v.Name.String())
+			u.foreign = append(u.foreign, name)
 		case !p.ownerAlive(o.Job):
-			dead = append(dead, v.Name.String())
+			u.dead = append(u.dead, name)
 		}
 	}
-	return orphans, dead, foreign
+	return u
 }
 
 func bytesText(n int64) string { return humanize.IBytes(uint64(max(n, 0))) }
@@ -207,19 +220,29 @@ func someOf(names []string, total int) string {
 	return strings.Join(text, ", ")
 }
 
-// examineVDIs looks for records whose image is gone, and for work that could
-// not be undone.
+// examineVDIs looks for records whose image is gone or damaged, tells which
+// images nobody has looked at yet, and looks for work that could not be undone.
 func (p *Pool) examineVDIs(context.Context) (out []Finding, err error) {
+	var unchecked []string
 	err = p.Store.View(func(v *store.View) error {
 		for _, it := range v.List(ClassVDI) {
 			var rec VDI
 			if err := it.Decode(&rec); err != nil {
 				return err
 			}
-			if rec.Missing {
-				out = append(out, Finding{Check: "image", Class: ClassVDI, UUID: rec.UUID, Name: rec.NameLabel,
-					Text: "its image is gone from the SR: `patchd vdi destroy " + string(rec.UUID) + "` removes the record; upload the patch again if it was one"})
+			f := Finding{Check: "image", Class: ClassVDI, UUID: rec.UUID, Name: rec.NameLabel}
+			switch {
+			case rec.Missing:
+				f.Text = "its image is gone from the SR: `patchd vdi destroy " + string(rec.UUID) + "` removes the record; upload the patch again if it was one"
+			case rec.Damage != "":
+				f.Check, f.Text = "damage", rec.Damage+": "+cureOf(rec)
+			case rec.Map != "" && rec.Checked.IsZero():
+				unchecked = append(unchecked, string(rec.UUID))
+				continue
+			default:
+				continue
 			}
+			out = append(out, f)
 		}
 		for _, it := range v.List(ClassIntent) {
 			var in Intent
@@ -233,6 +256,10 @@ func (p *Pool) examineVDIs(context.Context) (out []Finding, err error) {
 		}
 		return nil
 	})
+	if len(unchecked) > 0 {
+		out = append(out, Finding{Check: "images never checked", OK: true,
+			Text: someOf(unchecked, len(unchecked)) + ": the scrub comes to them in time; `patchd vdi verify VDI` checks one now"})
+	}
 	return out, err
 }
 

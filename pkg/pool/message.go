@@ -15,6 +15,8 @@ const (
 	MessageApplyUnknown  = "PATCH_APPLY_OUTCOME_UNKNOWN"
 	MessageCleanupFailed = "PATCH_CLEANUP_FAILED"
 	MessageStampBad      = "PATCH_STAMPFILE_UNREADABLE"
+	MessageVDIDamaged    = "VDI_DAMAGED"
+	MessageVDIRepaired   = "VDI_REPAIRED"
 )
 
 var messageClasses = map[string]string{
@@ -36,17 +38,20 @@ func (p *Pool) MessageCreate(ctx context.Context, name string, priority int64, c
 				return xapi.NewError(xapi.UUIDInvalid, cls, string(obj))
 			}
 		}
-		all := tx.List(ClassMessage)
-		for i := 0; i < len(all)-messageKeep+1 && i < 50; i++ {
-			tx.Delete(ClassMessage, all[i].Ref)
-		}
-		tx.Put(ClassMessage, ref, Message{
-			UUID: xapi.NewUUID(), Name: name, Priority: priority, Cls: cls, ObjUUID: obj,
-			Timestamp: p.Now(), Body: body,
-		})
+		p.putMessage(tx, ref, Message{Name: name, Priority: priority, Cls: cls, ObjUUID: obj, Body: body})
 		return nil
 	})
 	return ref, err
+}
+
+// putMessage adds a message, which gets its uuid and time, inside a transaction.
+func (p *Pool) putMessage(tx *store.Tx, ref xapi.Ref, m Message) {
+	all := tx.List(ClassMessage)
+	for i := 0; i < len(all)-messageKeep+1 && i < 50; i++ {
+		tx.Delete(ClassMessage, all[i].Ref)
+	}
+	m.UUID, m.Timestamp = xapi.NewUUID(), p.Now()
+	tx.Put(ClassMessage, ref, m)
 }
 
 // MessageDestroy removes a message. Code: HANDLE_INVALID.

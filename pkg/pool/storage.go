@@ -21,6 +21,7 @@ type Storage struct {
 	users  map[xapi.Ref]int           // of a VDI or an SR, shared
 	held   map[xapi.Ref]string        // the operation that has a VDI or an SR for itself
 	active map[xapi.UUID]bool         // intents that a call of this process looks after
+	looks  map[xapi.Ref][]*glance     // of a VDI or an SR; they give way
 }
 
 // opDestroy is the one operation after which there is nothing to wait for.
@@ -48,8 +49,16 @@ func (s *Storage) share(object xapi.Ref) (release func(), holder string) {
 }
 
 // hold takes object for op alone; ok is false when somebody uses it, or when
-// holder has it.
+// holder has it. Whoever only glances at it is sent away first.
 func (s *Storage) hold(object xapi.Ref, op string) (release func(), holder string, ok bool) {
+	release, holder, ok = s.take(object, op)
+	if ok {
+		s.clear(object)
+	}
+	return release, holder, ok
+}
+
+func (s *Storage) take(object xapi.Ref, op string) (release func(), holder string, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if other, taken := s.held[object]; taken {
