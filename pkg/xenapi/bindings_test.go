@@ -17,6 +17,7 @@ func TestEachMessageCallsItsMethod(t *testing.T) {
 	m := map[string]string{"k": "v"}
 	uuid := xapi.NewUUID()
 	a, b := string(r.patch), string(r.host)
+	r.pool.checked = r.patch
 	for _, tt := range []struct {
 		method string
 		params []any
@@ -31,6 +32,12 @@ func TestEachMessageCallsItsMethod(t *testing.T) {
 		{"host_patch.destroy", []any{a}, "HostPatchDestroy(" + a + ")", nil},
 		{"patchd.patch_settle", []any{a, b, true}, "PatchSettle(" + a + ", " + b + ", true)", nil},
 		{"patchd.patch_import", []any{"/x"}, "PatchImport(/x)", string(made)},
+		{"patchd.vdi_verify", []any{a}, "VDIVerify(" + a + ")", "damaged <&>"},
+		{"patchd.vdi_repair", []any{a}, "VDIRepair(" + a + ")", nil},
+		{"patchd.vdi_checks", nil, "VDIChecks()", []any{
+			map[string]any{"VDI": a, "uuid": string(made[10:]), "map": "m", "checked": "20260102T03:04:05Z", "damage": "d"},
+			map[string]any{"VDI": a, "uuid": "", "map": "m", "checked": "", "damage": ""},
+		}},
 		{"SR.probe", []any{b, m, "file"}, "SRProbe(" + b + ", map[k:v], file, map[])", "text"},
 		{"SR.forget", []any{a}, "SRForget(" + a + ")", nil},
 		{"SR.destroy", []any{a}, "SRDestroy(" + a + ")", nil},

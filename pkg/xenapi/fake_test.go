@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/patchd/patchd/pkg/pool"
 	"github.com/patchd/patchd/pkg/xapi"
@@ -14,12 +15,13 @@ import (
 // fakePool plays the pool: it remembers the last call as text and does what
 // the few fields say.
 type fakePool struct {
-	mu    sync.Mutex
-	last  string
-	apply func(ctx context.Context, patch, host xapi.Ref) (string, error)
-	vdi   pool.VDI
-	spec  pool.SRSpec
-	intro pool.VDIIntro
+	mu      sync.Mutex
+	last    string
+	apply   func(ctx context.Context, patch, host xapi.Ref) (string, error)
+	vdi     pool.VDI
+	spec    pool.SRSpec
+	intro   pool.VDIIntro
+	checked xapi.Ref
 }
 
 func (p *fakePool) note(name string, args ...any) {
@@ -255,4 +257,22 @@ func (p *fakePool) VDISetReadOnly(_ context.Context, vdi xapi.Ref, value bool) e
 func (p *fakePool) VDISetSharable(_ context.Context, vdi xapi.Ref, value bool) error {
 	p.note("VDISetSharable", vdi, value)
 	return nil
+}
+
+func (p *fakePool) VDIVerify(_ context.Context, vdi xapi.Ref) (pool.VerifyReport, error) {
+	p.note("VDIVerify", vdi)
+	return pool.VerifyReport{Damage: "damaged <&>"}, nil
+}
+
+func (p *fakePool) VDIRepair(_ context.Context, vdi xapi.Ref) error {
+	p.note("VDIRepair", vdi)
+	return nil
+}
+
+func (p *fakePool) VDIChecks() ([]pool.VDICheck, error) {
+	p.note("VDIChecks")
+	at := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	return []pool.VDICheck{
+		{VDI: p.checked, UUID: xapi.UUID(made[10:]), Map: "m", Checked: at, Damage: "d"}, {VDI: p.checked, Map: "m"},
+	}, nil
 }

@@ -13,6 +13,7 @@ type Pool interface {
 	PatchPool
 	StoragePool
 	VDIPool
+	VerifyPool
 	MessageCreate(ctx context.Context, name string, priority int64, cls string, object xapi.UUID, body string) (xapi.Ref, error)
 	MessageDestroy(ctx context.Context, message xapi.Ref) error
 }
