@@ -140,7 +140,7 @@ const (
 	SRBackendFailure        = "SR_BACKEND_FAILURE"         // status, stdout, stderr
 	SROperationNotSupported = "SR_OPERATION_NOT_SUPPORTED" // SR ref
 	SRUUIDExists            = "SR_UUID_EXISTS"             // uuid
-	SRDeviceInUse           = "SR_DEVICE_IN_USE"           //
+	SRDeviceInUse           = "SR_DEVICE_IN_USE"           // text: what was found (ours)
 	VDIInUse                = "VDI_IN_USE"                 // VDI ref, operation
 	VDINotAvailable         = "VDI_NOT_AVAILABLE"          // VDI ref
 	VDINotManaged           = "VDI_NOT_MANAGED"            // VDI ref

@@ -117,25 +117,27 @@ func create(path string, uuid xapi.UUID) error {
 	found, err := readMarker(folder)
 	switch {
 	case err != nil:
-		return xapi.NewError(xapi.SRDeviceInUse).Because(err)
+		return inUse(err)
 	case found == uuid:
 		return nil
 	case found != "":
-		return xapi.NewError(xapi.SRDeviceInUse).Because(fmt.Errorf("%s is SR %s", path, found))
+		return inUse(fmt.Errorf("%s is SR %s", path, found))
 	}
 	foreign, err := anything(folder)
 	if err != nil {
 		return err
 	}
 	if foreign != "" {
-		return xapi.NewError(xapi.SRDeviceInUse).Because(fmt.Errorf("%s is not empty: there is %q", path, foreign))
+		return inUse(fmt.Errorf("%s is not empty: there is %q", path, foreign))
 	}
 	err = writeMarker(folder, uuid)
 	if errors.Is(err, os.ErrExist) {
-		return xapi.NewError(xapi.SRDeviceInUse).Because(err)
+		return inUse(err)
 	}
 	return err
 }
+
+func inUse(err error) error { return xapi.NewError(xapi.SRDeviceInUse, err.Error()).Because(err) }
 
 // Attach opens the SR in the folder and tries out whether it clones.
 func (*Driver) Attach(ctx context.Context, c sr.Config) (sr.Repository, error) {

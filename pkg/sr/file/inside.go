@@ -46,7 +46,7 @@ func Empty(path string, uuid xapi.UUID) error {
 	defer folder.Close()
 	found, err := readMarker(folder)
 	if err == nil && found != "" && found != uuid {
-		return xapi.NewError(xapi.SRDeviceInUse).Because(fmt.Errorf("%s is SR %s", path, found))
+		return inUse(fmt.Errorf("%s is SR %s", path, found))
 	}
 	inside := ""
 	if err == nil {

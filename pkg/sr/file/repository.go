@@ -122,9 +122,15 @@ func room(folder *os.File, keepFree func(string) int64) (sr.Stat, error) {
 	return s, nil
 }
 
-// hasRoom refuses to make anything new in a full SR.
+// hasRoom refuses to make anything new in a full SR. btrfs counts what was
+// removed as free only when that is on disk, so a full SR is synced before.
 func (r *repository) hasRoom() error {
 	s, err := room(r.folder, r.keepFree)
+	if err == nil && s.Free <= 0 {
+		if err = unix.Syncfs(int(r.folder.Fd())); err == nil {
+			s, err = room(r.folder, r.keepFree)
+		}
+	}
 	if err != nil {
 		return err
 	}

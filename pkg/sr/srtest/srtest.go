@@ -8,6 +8,7 @@ package srtest
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -18,6 +19,8 @@ import (
 	"slices"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/patchd/patchd/pkg/sr"
 	"github.com/patchd/patchd/pkg/xapi"
 )
@@ -27,7 +30,7 @@ type Suite struct {
 	// New gives a driver and the configuration of an SR that does not exist
 	// yet, at a place of its own that goes when t ends. Required.
 	New func(t *testing.T) (sr.Driver, sr.Config)
-	// Small is New for an SR that holds no more than 64 MiB, to be filled. Optional.
+	// Small is New for an SR that holds no more than 512 MiB, to be filled. Optional.
 	Small func(t *testing.T) (sr.Driver, sr.Config)
 	// Hostile are device_configs that the driver must refuse by a code,
 	// whatever it is asked to do with them.
@@ -382,8 +385,11 @@ func (s Suite) KeepFree(t *testing.T) {
 	}
 	n := live()
 	filled(t, open, n, mib, []byte("there"))
-	for name, keep := range map[string]int64{"all": math.MaxInt64, "exactly all": before.PhysicalSize} {
-		c.KeepFree = func(string) int64 { return keep }
+	for name, keep := range map[string]func(path string) int64{
+		"all":         func(string) int64 { return math.MaxInt64 },
+		"exactly all": func(path string) int64 { return sizeBelow(path, before.PhysicalSize) },
+	} {
+		c.KeepFree = keep
 		tight, err := d.Attach(ctx, c)
 		must(t, err)
 		st, err := tight.Stat(ctx)
@@ -404,6 +410,15 @@ func (s Suite) KeepFree(t *testing.T) {
 	must(t, open.Destroy(ctx, n))
 }
 
+// sizeBelow is the size of the filesystem that holds path, or otherwise.
+func sizeBelow(path string, otherwise int64) int64 {
+	var fs unix.Statfs_t
+	if path == "" || unix.Statfs(path, &fs) != nil {
+		return otherwise
+	}
+	return int64(fs.Blocks) * int64(cmp.Or(fs.Frsize, fs.Bsize))
+}
+
 // Full: a small SR is written until it is full; that is told by its code, takes
 // nothing else down, and ends when a volume goes.
 func (s Suite) Full(t *testing.T) {
@@ -420,7 +435,7 @@ func (s Suite) Full(t *testing.T) {
 	f, err := r.Open(ctx, big, sr.ReadWrite)
 	must(t, err)
 	block := pattern(2, mib)
-	for i := int64(0); i < 128; i++ {
+	for i := int64(0); i < 512; i++ {
 		if _, err = f.WriteAt(block, i*mib); err != nil {
 			break
 		}
