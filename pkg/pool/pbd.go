@@ -209,9 +209,10 @@ func featureNames(repo sr.Repository) []string {
 // PBDUnplug detaches an SR from its host. One that is not plugged stays so.
 // Codes: HANDLE_INVALID, HOST_OFFLINE [host ref] for another host than this,
 // OTHER_OPERATION_IN_PROGRESS ["SR", SR ref] while a VDI in it is in use or a
-// job works in it.
+// job works in it, SR_BACKEND_FAILURE when something else keeps it busy: then it
+// stays plugged.
 func (p *Pool) PBDUnplug(ctx context.Context, ref xapi.Ref) error {
-	rec, _, err := p.pbd(ref)
+	rec, of, err := p.pbd(ref)
 	if err != nil {
 		return err
 	}
@@ -228,6 +229,9 @@ func (p *Pool) PBDUnplug(ctx context.Context, ref xapi.Ref) error {
 		if err := p.assertIdle(ctx, rec.SR, repo); err != nil {
 			return err
 		}
+		if err := p.detach(ctx, rec.SR, repo); err != nil {
+			return err
+		}
 	}
 	err = p.Store.Update(ctx, func(tx *store.Tx) error {
 		now, err := store.Read[PBD](tx, ClassPBD, ref)
@@ -239,11 +243,26 @@ func (p *Pool) PBDUnplug(ctx context.Context, ref xapi.Ref) error {
 		tx.Put(ClassPBD, ref, now)
 		return nil
 	})
-	if err != nil || repo == nil {
+	if err == nil || repo == nil {
 		return err
 	}
-	p.storage.setRepository(rec.SR, nil)
-	return repo.Detach(context.WithoutCancel(ctx))
+	ctx, cancel := after(ctx)
+	defer cancel()
+	repo, undo := p.attach(ctx, of.Type, p.config(of.UUID, rec.DeviceConfig, of.SMConfig))
+	if undo == nil {
+		p.storage.setRepository(rec.SR, repo)
+	}
+	return joinUndo(err, undo)
+}
+
+// detach lets go of an SR. One that is in use stays attached.
+func (p *Pool) detach(ctx context.Context, ref xapi.Ref, repo sr.Repository) error {
+	p.storage.setRepository(ref, nil)
+	err := repo.Detach(ctx)
+	if err != nil {
+		p.storage.setRepository(ref, repo)
+	}
+	return err
 }
 
 // assertIdle refuses while a job of this host works in an SR, or reads a VDI

@@ -233,15 +233,12 @@ func assertEmpty(ctx context.Context, repo sr.Repository) error {
 func (p *Pool) removeSR(ctx context.Context, intentRef xapi.Ref, in Intent, repo sr.Repository) error {
 	ctx, cancel := after(ctx)
 	defer cancel()
-	var err error
 	if repo != nil {
-		p.storage.setRepository(in.SR, nil)
-		err = repo.Detach(ctx)
+		if err := p.detach(ctx, in.SR, repo); err != nil { // somebody uses it: it stays
+			return joinUndo(err, p.Store.Update(ctx, func(tx *store.Tx) error { tx.Delete(ClassIntent, intentRef); return nil }))
+		}
 	}
-	var refused error
-	if err == nil {
-		refused, err = p.finishRemoveSR(ctx, intentRef, in)
-	}
+	refused, err := p.finishRemoveSR(ctx, intentRef, in)
 	if err != nil && refused == nil && p.gone(ctx, in.SR) {
 		return nil // the answer of the last transaction was lost
 	}

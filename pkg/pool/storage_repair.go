@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
+	"time"
 
 	"github.com/patchd/patchd/pkg/sr"
 	"github.com/patchd/patchd/pkg/store"
@@ -193,13 +195,24 @@ func (p *Pool) forgottenIntents() (map[xapi.Ref]Intent, error) {
 	return forgotten, err
 }
 
+// detachPatience is how long an SR that is in use is tried to let go of at the
+// stop of the daemon.
+const detachPatience = time.Second
+
 // DetachStorage lets go of every SR without changing a record: the next start
-// plugs them again.
+// plugs them again. An SR that a running patch uses stays as it is, mounted too,
+// and the next start finds it so.
 func (p *Pool) DetachStorage(ctx context.Context) error {
 	var errs []error
 	for ref, repo := range p.storage.attached() {
+		limit, cancel := context.WithTimeout(ctx, detachPatience)
+		err := repo.Detach(limit)
+		cancel()
 		p.storage.setRepository(ref, nil)
-		if err := repo.Detach(ctx); err != nil {
+		switch {
+		case errors.Is(err, syscall.EBUSY):
+			p.Log.WithError(err).WithField("SR", ref).Warn("an SR is in use and stays mounted; the next start takes it over")
+		case err != nil:
 			errs = append(errs, fmt.Errorf("detach SR %s: %w", ref, err))
 		}
 	}
