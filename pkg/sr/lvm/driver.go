@@ -201,7 +201,7 @@ func (p place) ensurePool(ctx context.Context, size int64) error {
 			return err
 		}
 	}
-	_, err = p.tools.lvm(ctx, "lvcreate", "--yes", "--type", "thin-pool", "--extents", "100%FREE", "--chunksize", bytesArg(chunkFor(size)),
+	_, err = p.tools.lvm(ctx, "lvcreate", "--yes", "--thin", "--extents", "100%FREE", "--chunksize", bytesArg(chunkFor(size)),
 		"--zero", "y", "--errorwhenfull", "y", "--discards", "passdown", "--name", poolName, p.group)
 	return err
 }

@@ -1,0 +1,76 @@
+//go:build vm
+
+package vm
+
+import (
+	"flag"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/patchd/patchd/integration/lab"
+	"github.com/patchd/patchd/pkg/dom0"
+)
+
+func TestMain(m *testing.M) {
+	flag.Parse()
+	// A program takes 50 times as long to start as outside.
+	if err := flag.Set("rapid.checks", "4"); err != nil {
+		panic(err)
+	}
+	lab.Main(m)
+}
+
+// system is the real dom0.
+func system(t *testing.T) *dom0.System {
+	t.Helper()
+	d, err := dom0.New(dom0.Options{})
+	must(t, err)
+	t.Cleanup(func() { d.Close() })
+	return d
+}
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatalf("unexpected error: %v", err)
+	}
+}
+
+// run runs a program of the guest and gives what it wrote.
+func run(t testing.TB, command ...string) string {
+	t.Helper()
+	out, err := exec.Command(command[0], command[1:]...).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%q: %v\n%s", command, err, out)
+	}
+	return strings.TrimSpace(string(out))
+}
+
+// disk is a loop device on a sparse file of size bytes; it goes with t.
+func disk(t *testing.T, size int64) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "disk.img")
+	must(t, os.WriteFile(path, nil, 0o600))
+	must(t, os.Truncate(path, size))
+	dev := run(t, "losetup", "--find", "--show", path)
+	t.Cleanup(func() { run(t, "losetup", "--detach", dev) })
+	return dev
+}
+
+// within fails the test unless f ends in time, and gives how long it took.
+func within(t *testing.T, what string, limit time.Duration, f func()) time.Duration {
+	t.Helper()
+	start := time.Now()
+	done := make(chan struct{})
+	go func() { defer close(done); f() }()
+	select {
+	case <-done:
+	case <-time.After(limit):
+		t.Fatalf("%s did not end within %s", what, limit)
+	}
+	return time.Since(start)
+}
