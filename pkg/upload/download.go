@@ -41,35 +41,13 @@ func (h *Handler) patchDownload(w http.ResponseWriter, r *http.Request) {
 	})
 }
 
-// exportRaw serves GET /export_raw_vdi?vdi=…: all bytes of a VDI. 400 without a
-// VDI, 404 for another format than raw.
-func (h *Handler) exportRaw(w http.ResponseWriter, r *http.Request) {
-	c, done, ok := h.accept(w, r, "export_raw_vdi", session.PoolOperator)
-	if !ok {
-		return
-	}
-	defer done()
-	id, format := param(r, "vdi"), param(r, "format")
-	if id == "" || format != "" && format != "raw" {
-		status, text := http.StatusBadRequest, "name the VDI (vdi)"
-		if id != "" {
-			status, text = http.StatusNotFound, fmt.Sprintf("format %.32q is not supported, only raw is", format)
-		}
-		c.failTask(xapi.NewError(xapi.InvalidValue, "vdi", text))
-		c.reply(status, problem{Code: xapi.InvalidValue, Params: []string{text}, Message: text})
-		return
-	}
-	c.send(func(ctx context.Context) (*os.File, func(), error) {
-		ref, err := h.vdiRef(id)
-		if err != nil {
-			return nil, nil, err
-		}
-		return h.Pool.VDIForExport(ctx, string(ref))
-	})
-}
-
 // send answers with the bytes of what open gives, under the task.
 func (c *call) send(open func(context.Context) (f *os.File, release func(), err error)) {
+	c.sendBy(open, c.sendFile)
+}
+
+// sendBy gives what open gives to send, under the task.
+func (c *call) sendBy(open func(context.Context) (f *os.File, release func(), err error), send func(context.Context, *task.Handle, *os.File) error) {
 	if !c.begin() {
 		return
 	}
@@ -79,7 +57,7 @@ func (c *call) send(open func(context.Context) (f *os.File, release func(), err 
 			return "", err
 		}
 		defer release()
-		return "<value></value>", c.sendFile(ctx, t, f)
+		return "<value></value>", send(ctx, t, f)
 	})
 	if err != nil {
 		c.refuse(err)
@@ -95,9 +73,7 @@ func (c *call) sendFile(ctx context.Context, t *task.Handle, f *os.File) error {
 	}
 	unhook := context.AfterFunc(ctx, func() { c.rc.SetWriteDeadline(time.Unix(1, 0)) })
 	defer unhook()
-	c.w.Header().Set("Content-Type", "application/octet-stream")
-	c.answer = true
-	out := &outgoing{ResponseWriter: c.w, ctx: ctx, rc: c.rc, stall: c.h.Stall, task: t, size: st.Size()}
+	out := c.outgoing(ctx, t, st.Size())
 	http.ServeContent(out, c.r, "", time.Time{}, f)
 	switch {
 	case ctx.Err() != nil:
@@ -108,6 +84,13 @@ func (c *call) sendFile(ctx context.Context, t *task.Handle, f *os.File) error {
 		return xapi.NewError(xapi.InvalidValue, "Range", fmt.Sprintf("%.64s", c.r.Header.Get("Range")))
 	}
 	return nil
+}
+
+// outgoing makes the answer for bytes, of which size are expected; 0: not known.
+func (c *call) outgoing(ctx context.Context, t *task.Handle, size int64) *outgoing {
+	c.w.Header().Set("Content-Type", "application/octet-stream")
+	c.answer = true
+	return &outgoing{ResponseWriter: c.w, ctx: ctx, rc: c.rc, stall: c.h.Stall, task: t, size: size}
 }
 
 // outgoing is an answer that moves its deadline on as the client takes it,

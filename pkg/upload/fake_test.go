@@ -7,6 +7,7 @@ import (
 	"github.com/patchd/patchd/pkg/pool"
 	"github.com/patchd/patchd/pkg/sr"
 	"github.com/patchd/patchd/pkg/store"
+	"github.com/patchd/patchd/pkg/vdi"
 	"github.com/patchd/patchd/pkg/xapi"
 )
 
@@ -18,6 +19,7 @@ type fakePool struct {
 	repo    sr.Repository
 	plugged bool
 	file    string // a classic file, of any patch
+	mapped  bool   // VDIs have a block map
 }
 
 var _ Pool = (*fakePool)(nil)
@@ -102,4 +104,21 @@ func (p *fakePool) VDIForImport(ctx context.Context, id string) (*os.File, func(
 
 func (p *fakePool) VDIForExport(ctx context.Context, id string) (*os.File, func(), error) {
 	return p.open(ctx, id, sr.ReadOnly)
+}
+
+// VDIMap reads a VDI's content where its record has a map.
+func (p *fakePool) VDIMap(ctx context.Context, ref xapi.Ref) (*vdi.Map, error) {
+	f, release, err := p.open(ctx, string(ref), sr.ReadOnly)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	if !p.mapped {
+		return nil, nil
+	}
+	st, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	return vdi.BuildMap(ctx, f, st.Size())
 }

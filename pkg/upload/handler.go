@@ -20,6 +20,7 @@ import (
 	"github.com/patchd/patchd/pkg/sr"
 	"github.com/patchd/patchd/pkg/store"
 	"github.com/patchd/patchd/pkg/task"
+	"github.com/patchd/patchd/pkg/vdi"
 	"github.com/patchd/patchd/pkg/xapi"
 )
 
@@ -39,6 +40,8 @@ type Pool interface {
 	// being destroyed until release.
 	VDIForImport(ctx context.Context, refOrUUID string) (f *os.File, release func(), err error)
 	VDIForExport(ctx context.Context, refOrUUID string) (f *os.File, release func(), err error)
+	// VDIMap reads the block map of a VDI; nil when it has none.
+	VDIMap(ctx context.Context, ref xapi.Ref) (*vdi.Map, error)
 }
 
 // Sessions tells who a request comes from; *session.Manager is one.
@@ -120,6 +123,8 @@ func (h *Handler) Routes(r *mux.Router) {
 		{http.MethodGet, "/pool_patch_download", h.patchDownload},
 		{http.MethodPut, "/import_raw_vdi", h.importRaw},
 		{http.MethodGet, "/export_raw_vdi", h.exportRaw},
+		{http.MethodPost, "/export_raw_vdi", h.exportRaw},
+		{http.MethodGet, "/vdi_block_map", h.blockMap},
 	} {
 		r.HandleFunc(route.path, route.serve).Methods(route.method)
 		// Routing is by prefix: curl -T adds the name of the file behind a slash.

@@ -1,7 +1,6 @@
 package upload
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -18,13 +17,15 @@ import (
 	"github.com/patchd/patchd/pkg/xapi"
 )
 
-// importRaw serves PUT /import_raw_vdi: the body becomes the content of the VDI
-// named by vdi (ref or uuid), from its first byte on; or of a new VDI as long as
-// the body, on the SR named by sr_id or sr_uuid. The status is 200 before the
-// body is read; the outcome is the task's, whose result is the VDI.
+// importRaw serves PUT /import_raw_vdi: the body becomes content of the VDI named
+// by vdi (ref or uuid), or of a new VDI on the SR named by sr_id or sr_uuid. With
+// format=raw it is the bytes from the first on, and a new VDI is as long as the
+// body; with format=extents or blocks it is a stream of vdi's frames, which also
+// tells the size. Content-Encoding zstd is taken with each. The status is 200
+// before the body is read; the outcome is the task's, whose result is the VDI.
 //
-// Before that: 400 when neither is named or a new VDI has no Content-Length, 404
-// for another format than raw and for chunked bodies.
+// Before that: 400 when neither is named or the size of a new VDI cannot be known,
+// 404 for another format and for chunked raw bodies, 415 for another encoding.
 func (h *Handler) importRaw(w http.ResponseWriter, r *http.Request) {
 	c, done, ok := h.accept(w, r, "import_raw_vdi", session.PoolOperator)
 	if !ok {
@@ -32,7 +33,8 @@ func (h *Handler) importRaw(w http.ResponseWriter, r *http.Request) {
 	}
 	defer done()
 	into := param(r, "vdi")
-	if status, text := judgeImport(r, into); status != http.StatusOK {
+	form, status, text := judgeImport(r, into)
+	if status != http.StatusOK {
 		c.failTask(xapi.NewError(xapi.ImportError, text))
 		c.reply(status, problem{Code: xapi.ImportError, Params: []string{text}, Message: text})
 		c.linger()
@@ -50,12 +52,7 @@ func (h *Handler) importRaw(w http.ResponseWriter, r *http.Request) {
 		defer leave()
 		b := c.newBody(ctx, t)
 		defer b.close()
-		ref := xapi.Ref("")
-		if into != "" {
-			ref, err = h.importInto(ctx, b, into)
-		} else {
-			ref, err = h.importNew(ctx, b, requestedSR(r))
-		}
+		ref, err := h.importForm(ctx, b, form, into, requestedSR(r))
 		if err != nil {
 			b.drain()
 		}
@@ -64,23 +61,6 @@ func (h *Handler) importRaw(w http.ResponseWriter, r *http.Request) {
 	if err != nil {
 		c.refuse(err)
 	}
-}
-
-// judgeImport tells whether the request says enough.
-func judgeImport(r *http.Request, into string) (status int, text string) {
-	_, framed := r.URL.Query()["chunked"]
-	format := param(r, "format")
-	switch {
-	case len(r.TransferEncoding) > 0 || framed:
-		return http.StatusNotFound, "chunked data is not supported: send Content-Length"
-	case format != "" && format != "raw":
-		return http.StatusNotFound, fmt.Sprintf("format %.32q is not supported, only raw is", format)
-	case into == "" && requestedSR(r) == "":
-		return http.StatusBadRequest, "name the VDI (vdi) or the SR for a new one (sr_id or sr_uuid)"
-	case into == "" && (r.ContentLength <= 0 || r.ContentLength == unknownLength):
-		return http.StatusBadRequest, "a new VDI needs Content-Length: it is its size"
-	}
-	return http.StatusOK, ""
 }
 
 // vdiRef finds a VDI by ref or uuid.
@@ -104,11 +84,11 @@ func (h *Handler) vdiRef(id string) (ref xapi.Ref, err error) {
 	return ref, err
 }
 
-// importInto writes the body over a VDI that is there.
+// importInto writes content over a VDI that is there.
 //
 // Codes: those of finding and opening it, VDI_TOO_SMALL, OUT_OF_SPACE,
-// VDI_IO_ERROR when the body ends early.
-func (h *Handler) importInto(ctx context.Context, b *body, id string) (xapi.Ref, error) {
+// VDI_IO_ERROR when the body ends early, IMPORT_ERROR when it is damaged.
+func (h *Handler) importInto(ctx context.Context, in content, id string) (xapi.Ref, error) {
 	ref, err := h.vdiRef(id)
 	if err != nil {
 		return "", err
@@ -122,12 +102,12 @@ func (h *Handler) importInto(ctx context.Context, b *body, id string) (xapi.Ref,
 	if err != nil {
 		return "", fmt.Errorf("size of VDI %s: %w", ref, err)
 	}
-	if b.length > size {
-		return "", xapi.NewError(xapi.VDITooSmall, string(ref), strconv.FormatInt(b.length, 10))
+	if in.size() > size {
+		return "", xapi.NewError(xapi.VDITooSmall, string(ref), strconv.FormatInt(in.size(), 10))
 	}
-	err = copyRaw(b, f, size, false)
+	err = in.write(ctx, f, size, false)
 	if errors.Is(err, errTooMuch) {
-		return "", xapi.NewError(xapi.VDITooSmall, string(ref), strconv.FormatInt(b.n, 10)).Because(err)
+		return "", xapi.NewError(xapi.VDITooSmall, string(ref), strconv.FormatInt(size+1, 10)).Because(err)
 	}
 	return ref, noRoom(h.whereIs(ctx, ref), err)
 }
@@ -151,64 +131,27 @@ func (h *Handler) whereIs(ctx context.Context, ref xapi.Ref) sr.Candidate {
 	return sr.Candidate{}
 }
 
-// importNew makes a VDI of the body. Its size is rounded up to 1 MiB.
+// importNew makes a VDI of content. Its size is rounded up to 1 MiB.
 //
-// Codes: those of sr.Choose, OUT_OF_SPACE, VDI_IO_ERROR when the body ends early.
-func (h *Handler) importNew(ctx context.Context, b *body, requested string) (xapi.Ref, error) {
+// Codes: those of sr.Choose, OUT_OF_SPACE, VDI_IO_ERROR when the body ends early,
+// IMPORT_ERROR when it is damaged.
+func (h *Handler) importNew(ctx context.Context, in content, requested string) (xapi.Ref, error) {
 	u := &patchUpload{h: h}
 	u.requested = requested
 	if err := u.choose(ctx, 0); err != nil {
 		return "", err
 	}
-	size := (b.length + mib - 1) / mib * mib
+	if in.size() <= 0 {
+		return "", xapi.NewError(xapi.ImportError, "the image is empty")
+	}
 	ref, err := h.Pool.NewVDI(ctx, pool.NewVDI{
 		SR:          u.where.Ref,
-		VirtualSize: size,
+		VirtualSize: (in.size() + mib - 1) / mib * mib,
 		VDI:         pool.VDI{NameLabel: "Imported VDI", Type: "user", OtherConfig: map[string]string{}},
-		Fill: func(_ context.Context, f *os.File, _ string) error {
-			return u.noRoom(copyRaw(b, f, size, true))
+		Fill: func(ctx context.Context, f *os.File, _ string) error {
+			return u.noRoom(in.write(ctx, f, in.size(), true))
 		},
 		Commit: func(*store.Tx, xapi.Ref) error { return nil },
 	})
 	return ref, u.noRoom(err)
-}
-
-var zeros [copyChunk]byte
-
-var errTooMuch = errors.New("more data than the VDI holds")
-
-// copyRaw writes the body to f from its first byte on, at most size bytes, and
-// syncs f. In a fresh volume zeros stay holes.
-func copyRaw(b *body, f *os.File, size int64, fresh bool) error {
-	buf := make([]byte, copyChunk)
-	for at := int64(0); ; {
-		n, err := io.ReadFull(b, buf)
-		if at+int64(n) > size {
-			return errTooMuch
-		}
-		if n > 0 && !(fresh && bytes.Equal(buf[:n], zeros[:n])) {
-			if _, werr := f.WriteAt(buf[:n], at); werr != nil {
-				return fmt.Errorf("write VDI: %w", werr)
-			}
-		}
-		at += int64(n)
-		// io.ReadFull turns the end after some bytes into ErrUnexpectedEOF, too.
-		if err != nil && b.err == io.EOF {
-			break
-		}
-		if err != nil {
-			return rawError(err)
-		}
-	}
-	if err := f.Sync(); err != nil {
-		return fmt.Errorf("sync VDI: %w", err)
-	}
-	return nil
-}
-
-func rawError(err error) error {
-	if errors.Is(err, io.ErrUnexpectedEOF) {
-		return xapi.NewError(xapi.VDIIOError, "the data ended before its Content-Length").Because(err)
-	}
-	return err
 }

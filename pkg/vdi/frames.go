@@ -35,8 +35,9 @@ const (
 	frameZeros  = 1 << 63
 )
 
-// ErrFrames is what a stream is that is no stream of frames, or is damaged. One
-// that is cut off is io.ErrUnexpectedEOF too.
+// ErrFrames is what a stream is that is no stream of frames, is damaged, or could
+// not be read, with the error of its reader. One that is cut off is
+// io.ErrUnexpectedEOF too.
 var ErrFrames = errors.New("not a stream of image frames, or a damaged one")
 
 // BlockRange is a stretch of blocks of MapBlock bytes; Last belongs to it.
@@ -247,10 +248,10 @@ func readFrame(r io.Reader, b []byte) error {
 	if err == io.EOF {
 		err = io.ErrUnexpectedEOF
 	}
-	if errors.Is(err, io.ErrUnexpectedEOF) {
+	if err != nil {
 		return fmt.Errorf("%w: %w", ErrFrames, err)
 	}
-	return err
+	return nil
 }
 
 // Next gives the next frame, io.EOF after the last. Frames are in order, do not
