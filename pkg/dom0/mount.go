@@ -56,6 +56,29 @@ func mount(m Mount) error {
 	return nil
 }
 
+// ForceUnmount takes away a mount whose server does not answer: calls that wait
+// for it are broken off (MNT_FORCE), and what is left goes when its last user
+// goes (MNT_DETACH). It may block as long as the server is silent. It is no part of
+// Dom0: a driver asks for it by an interface of its own.
+func (s *System) ForceUnmount(ctx context.Context, target string) error {
+	if !filepath.IsAbs(target) {
+		return fmt.Errorf("unmount: %q is not absolute", target)
+	}
+	if err := context.Cause(ctx); err != nil {
+		return err
+	}
+	return effect("unmount", func() error {
+		err := unix.Unmount(target, unix.UMOUNT_NOFOLLOW|unix.MNT_FORCE)
+		if err == unix.EBUSY {
+			err = unix.Unmount(target, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH)
+		}
+		if err == nil || err == unix.EINVAL || err == unix.ENOENT {
+			return nil // EINVAL: nothing is mounted there
+		}
+		return fmt.Errorf("unmount %s by force: %w", target, err)
+	}, nil)
+}
+
 // unmountPatience is how long a busy mount is tried again: descriptors that
 // live between fork and exec hold it for a moment.
 const unmountPatience = 5 * time.Second

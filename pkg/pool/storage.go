@@ -137,7 +137,25 @@ func (p *Pool) driver(typ string) (sr.Driver, error) {
 }
 
 func (p *Pool) config(uuid xapi.UUID, device, sm map[string]string) sr.Config {
-	return sr.Config{SR: uuid, Device: device, SM: sm, KeepFree: p.KeepFree, Dom0: p.Dom0, MountDir: p.MountDir}
+	name := func() string { return p.srName(uuid) }
+	return sr.Config{SR: uuid, Device: device, SM: sm, KeepFree: p.KeepFree, Name: name, Dom0: p.Dom0, MountDir: p.MountDir}
+}
+
+// srName is the name-label of an SR, or "".
+func (p *Pool) srName(uuid xapi.UUID) (name string) {
+	err := p.Store.View(func(v *store.View) error {
+		it, ok := v.ByUUID(ClassSR, uuid)
+		if !ok {
+			return nil
+		}
+		rec, err := store.Get[SR](v, ClassSR, it.Ref)
+		name = rec.NameLabel
+		return err
+	})
+	if err != nil {
+		return ""
+	}
+	return name
 }
 
 // Repository gives the repository of an SR that is plugged on this host. Code:

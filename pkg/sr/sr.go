@@ -87,6 +87,9 @@ type Config struct {
 	// that the database that may lie there never meets a full disk. A
 	// repository that shares no filesystem with the state directory has 0.
 	KeepFree func(path string) int64
+	// Name gives the name-label of the SR at this moment, for errors; nil or
+	// "" when there is none yet.
+	Name func() string
 	// Dom0 is how a driver acts on the operating system: makes a filesystem,
 	// mounts, runs the tools of a volume manager.
 	Dom0 dom0.Dom0

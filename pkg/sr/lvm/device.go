@@ -22,6 +22,7 @@ type place struct {
 	uuid  xapi.UUID
 	group string
 	given string // the device as it was named
+	name  func() string
 	tools tools  // of the device it really is
 }
 
@@ -46,7 +47,7 @@ func locate(c sr.Config) (place, error) {
 	case strings.ContainsFunc(given, func(r rune) bool { return !plain(r) }):
 		return place{}, sr.BadConfig(keyDevice, given, "the path may hold letters, digits and - _ . : + = @ only")
 	}
-	return place{uuid: c.SR, group: groupName(c.SR), given: given, tools: tools{dom0: c.Dom0}}, nil
+	return place{uuid: c.SR, group: groupName(c.SR), given: given, name: c.Name, tools: tools{dom0: c.Dom0}}, nil
 }
 
 // resolve finds the block device behind the name. An absent one is os.ErrNotExist.

@@ -303,7 +303,11 @@ func (p place) coded(ctx context.Context, err error, verb string) error {
 	if cause := sr.Alive(ctx); err == nil || errors.As(err, &known) || cause != nil && errors.Is(err, cause) {
 		return err
 	}
-	what := fmt.Sprintf("%s SR %s (lvm on %s)", verb, p.uuid, p.given)
+	label := ""
+	if p.name != nil {
+		label = p.name()
+	}
+	what := fmt.Sprintf("%s SR %q (%s, lvm on %s)", verb, label, p.uuid, p.given)
 	if sr.NoSpace(err) {
 		return xapi.NewError(xapi.OutOfSpace, what).Because(err)
 	}

@@ -98,6 +98,16 @@ func TestStatusOfDeviceMapperIsRead(t *testing.T) {
 			t.Errorf("%q: %v", text, err)
 		}
 	}
+	const two = "a-pool-tpool: 0 8 thin-pool 1 1/2 3/4 -\nb-pool: 0 8 thin-pool 1 5/6 7/8 -\n"
+	for name, want := range map[string]int64{"a-pool": 3, "b-pool": 7} {
+		line, found := poolLine(two, name)
+		if p, err := parsePool(line); !found || err != nil || p.usedData != want {
+			t.Errorf("pool %s: %+v, %v", name, p, err)
+		}
+	}
+	if line, found := poolLine(two, "pool"); found {
+		t.Errorf("another pool was found: %q", line)
+	}
 	m := parseThins("a-b: 0 4194304 thin 6144 20479\na-c: 0 8 thin 0 -\na-d: 0 8 thin Fail\n")
 	if len(m) != 2 || m["a-b"] != 6144*512 || m["a-c"] != 0 {
 		t.Errorf("%v", m)

@@ -64,11 +64,7 @@ func (r *repository) Stat(ctx context.Context) (sr.Stat, error) {
 }
 
 func (r *repository) room(ctx context.Context) (sr.Stat, error) {
-	out, err := r.tools.dmsetup(ctx, "status", mapperName(r.group, poolName)+"-tpool")
-	if err != nil {
-		return sr.Stat{}, err
-	}
-	p, err := parsePool(string(out))
+	p, err := r.poolStatus(ctx)
 	if err != nil {
 		return sr.Stat{}, err
 	}
@@ -81,6 +77,24 @@ func (r *repository) room(ctx context.Context) (sr.Stat, error) {
 		s.Free -= min(s.Free, max(0, r.keepFree(node(r.group, poolName))))
 	}
 	return s, nil
+}
+
+// poolStatus asks device-mapper, which knows of every block. LVM lets the pool
+// sleep while it has no volume.
+func (r *repository) poolStatus(ctx context.Context) (poolStatus, error) {
+	for awake := false; ; awake = true {
+		out, err := r.tools.dmsetup(ctx, "status", "--target", "thin-pool")
+		if err != nil {
+			return poolStatus{}, err
+		}
+		line, found := poolLine(string(out), mapperName(r.group, poolName))
+		if found || awake {
+			return parsePool(line)
+		}
+		if _, err := r.tools.lvm(ctx, "lvchange", "--activate", "y", r.group+"/"+poolName); err != nil {
+			return poolStatus{}, err
+		}
+	}
 }
 
 func (r *repository) hasRoom(ctx context.Context) error {

@@ -188,6 +188,18 @@ type poolStatus struct {
 
 var errNoPool = errors.New("the thin pool does not answer: it has failed, see dmsetup status")
 
+// poolLine finds the line about a pool: the device has the suffix -tpool while
+// there are volumes in it.
+func poolLine(text, name string) (string, bool) {
+	for line := range strings.Lines(text) {
+		device, _, _ := strings.Cut(line, ":")
+		if device == name || device == name+"-tpool" {
+			return line, true
+		}
+	}
+	return "", false
+}
+
 // parsePool reads "<name>: 0 <sectors> thin-pool <transaction>
 // <used>/<total metadata> <used>/<total data> …".
 func parsePool(text string) (p poolStatus, err error) {

@@ -24,17 +24,31 @@ const graceAfterCancel = 2 * time.Second
 
 // gate lets calls through to one mount, each for a limited time.
 type gate struct {
-	name  func() string // of the SR, for errors
 	slots chan struct{} // one per running call
 
 	mu    sync.Mutex
+	what  func() string // the SR, for errors
 	limit time.Duration
 	stuck int       // calls that were left behind and still run
 	since time.Time // when the first of those was left behind
 }
 
-func newGate(name func() string, limit time.Duration) *gate {
-	return &gate{name: name, limit: limit, slots: make(chan struct{}, maxCalls)}
+func newGate(what func() string, limit time.Duration) *gate {
+	return &gate{what: what, limit: limit, slots: make(chan struct{}, maxCalls)}
+}
+
+// set gives the gate another name and another limit.
+func (g *gate) set(what func() string, limit time.Duration) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.what, g.limit = what, limit
+}
+
+func (g *gate) name() string {
+	g.mu.Lock()
+	what := g.what
+	g.mu.Unlock()
+	return what()
 }
 
 func (g *gate) patience() time.Duration {

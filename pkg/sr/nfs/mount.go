@@ -52,9 +52,7 @@ func (d *Driver) open(ctx context.Context, c sr.Config) (*mount, error) {
 	defer func() { <-m.turn }()
 	if m.users == 0 {
 		m.export, m.dom0, m.target = e, c.Dom0, filepath.Join(c.MountDir, string(c.SR))
-		m.gate.mu.Lock()
-		m.gate.limit = e.limit()
-		m.gate.mu.Unlock()
+		m.set(name(c, e), e.limit())
 		if err := m.do(ctx, "mount", m.mount); err != nil {
 			return nil, err
 		}
@@ -72,11 +70,24 @@ func (d *Driver) mountOf(c sr.Config, e export) *mount {
 	}
 	m := d.mounts[c.SR]
 	if m == nil {
-		name := func() string { return fmt.Sprintf("SR %s (nfs %s)", c.SR, e.source()) }
-		m = &mount{gate: newGate(name, e.limit()), uuid: c.SR, turn: make(chan struct{}, 1)}
+		m = &mount{gate: newGate(name(c, e), e.limit()), uuid: c.SR, turn: make(chan struct{}, 1)}
 		d.mounts[c.SR] = m
 	}
 	return m
+}
+
+// name is how errors call the SR: by name-label, uuid and place.
+func name(c sr.Config, e export) func() string {
+	return func() string {
+		label := ""
+		if c.Name != nil {
+			label = c.Name()
+		}
+		if label == "" {
+			return fmt.Sprintf("SR %s (nfs %s)", c.SR, e.source())
+		}
+		return fmt.Sprintf("SR %q (%s, nfs %s)", label, c.SR, e.source())
+	}
 }
 
 // take waits for the turn, at most as long as a call may take.
