@@ -204,10 +204,13 @@ func writeRaw(ctx context.Context, w io.Writer, f *os.File, size int64, progress
 // VDI_NOT_AVAILABLE and 404 when it has none.
 func (h *Handler) blockMap(w http.ResponseWriter, r *http.Request) {
 	c, done, ok := h.accept(w, r, "vdi_block_map", session.PoolOperator)
-	if !ok || !c.begin() {
+	if !ok {
 		return
 	}
 	defer done()
+	if !c.begin() {
+		return
+	}
 	_, err := c.run(func(ctx context.Context, t *task.Handle) (string, error) {
 		ref, err := h.vdiRef(param(r, "vdi"))
 		if err != nil {

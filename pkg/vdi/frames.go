@@ -2,11 +2,13 @@ package vdi
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"os"
 	"slices"
@@ -26,8 +28,9 @@ const (
 
 // A stream of frames: magic, kind and size of the image; then frames of offset,
 // length, the SHA-256 of the data, and the data; then a frame with the offset
-// frameEnd whose length is the sum of all lengths. Numbers are little-endian and
-// of 64 bits. A length with the bit frameZeros has neither SHA-256 nor data.
+// frameEnd whose length is the sum of all lengths and whose SHA-256 is that of
+// everything before it but the data. Numbers are little-endian and of 64 bits. A
+// length with the bit frameZeros has neither SHA-256 nor data.
 const (
 	frameMagic  = "patchd vdi frames 1\n"
 	frameHeader = len(frameMagic) + 16
@@ -64,7 +67,7 @@ func ParseBlocks(list string, size int64) ([]BlockRange, error) {
 
 // JoinBlocks sorts and joins ranges of blocks of an image of size bytes.
 func JoinBlocks(list []BlockRange, size int64) ([]BlockRange, error) {
-	slices.SortFunc(list, func(a, b BlockRange) int { return int(min(1, max(-1, a.First-b.First))) })
+	slices.SortFunc(list, func(a, b BlockRange) int { return cmp.Compare(a.First, b.First) })
 	out := list[:0]
 	for _, r := range list {
 		if r.First < 0 || r.Last < r.First || r.Last >= blocksOf(size) {
@@ -122,6 +125,7 @@ type frameWriter struct {
 	in       *image
 	buf      []byte
 	sum      uint64
+	heads    hash.Hash // of all but the data
 	progress func(done int64)
 }
 
@@ -129,13 +133,15 @@ func newFrameWriter(w io.Writer, f *os.File, kind FrameKind, size int64, progres
 	b := append(make([]byte, 0, frameHeader), frameMagic...)
 	b = binary.LittleEndian.AppendUint64(b, uint64(kind))
 	b = binary.LittleEndian.AppendUint64(b, uint64(size))
-	if _, err := w.Write(b); err != nil {
-		return nil, err
-	}
 	if progress == nil {
 		progress = func(int64) {}
 	}
-	return &frameWriter{w: w, in: openImage(f, os.O_RDONLY), buf: aligned(MapBlock), progress: progress}, nil
+	s := &frameWriter{w: w, buf: aligned(MapBlock), heads: sha256.New(), progress: progress}
+	if err := s.head(b); err != nil {
+		return nil, err
+	}
+	s.in = openImage(f, os.O_RDONLY)
+	return s, nil
 }
 
 // stretch writes the frames of a stretch of the image, none longer than a block
@@ -176,18 +182,24 @@ func (s *frameWriter) block(b []byte, off int64, sparse bool) error {
 	return nil
 }
 
+// head writes what is not data.
+func (s *frameWriter) head(b []byte) error {
+	s.heads.Write(b)
+	_, err := s.w.Write(b)
+	return err
+}
+
 func (s *frameWriter) frame(data []byte, off int64, zeros bool) error {
 	head := make([]byte, 0, 16+sha256.Size)
 	head = binary.LittleEndian.AppendUint64(head, uint64(off))
 	length := uint64(len(data))
 	s.sum += length
 	if zeros {
-		_, err := s.w.Write(binary.LittleEndian.AppendUint64(head, length|frameZeros))
-		return err
+		return s.head(binary.LittleEndian.AppendUint64(head, length|frameZeros))
 	}
 	sum := sha256.Sum256(data)
 	head = append(binary.LittleEndian.AppendUint64(head, length), sum[:]...)
-	if _, err := s.w.Write(head); err != nil {
+	if err := s.head(head); err != nil {
 		return err
 	}
 	_, err := s.w.Write(data)
@@ -196,7 +208,10 @@ func (s *frameWriter) frame(data []byte, off int64, zeros bool) error {
 
 func (s *frameWriter) end() error {
 	head := binary.LittleEndian.AppendUint64(make([]byte, 0, 16), frameEnd)
-	_, err := s.w.Write(binary.LittleEndian.AppendUint64(head, s.sum))
+	if err := s.head(binary.LittleEndian.AppendUint64(head, s.sum)); err != nil {
+		return err
+	}
+	_, err := s.w.Write(s.heads.Sum(nil))
 	return err
 }
 
@@ -212,11 +227,12 @@ type FrameReader struct {
 	Kind FrameKind
 	Size int64 // of the image, in bytes
 
-	r    io.Reader
-	buf  []byte
-	at   int64 // where the last frame ended
-	sum  uint64
-	done bool
+	r     io.Reader
+	buf   []byte
+	at    int64 // where the last frame ended
+	sum   uint64
+	heads hash.Hash
+	done  bool
 }
 
 // NewFrameReader reads the head of a stream.
@@ -226,7 +242,7 @@ func NewFrameReader(r io.Reader) (*FrameReader, error) {
 		return nil, err
 	}
 	s := &FrameReader{
-		r:    r,
+		r: r, heads: sha256.New(),
 		Kind: FrameKind(binary.LittleEndian.Uint64(head[len(frameMagic):])),
 		Size: int64(binary.LittleEndian.Uint64(head[len(frameMagic)+8:])),
 	}
@@ -238,7 +254,7 @@ func NewFrameReader(r io.Reader) (*FrameReader, error) {
 	case s.Size < 0 || s.Size > maxMapSize:
 		return nil, fmt.Errorf("%w: an image of %d bytes", ErrFrames, uint64(s.Size))
 	}
-	s.buf = aligned(MapBlock)
+	s.heads.Write(head)
 	return s, nil
 }
 
@@ -264,13 +280,10 @@ func (s *FrameReader) Next() (Frame, error) {
 	if err := readFrame(s.r, head[:]); err != nil {
 		return Frame{}, err
 	}
+	s.heads.Write(head[:])
 	off, length := binary.LittleEndian.Uint64(head[:]), binary.LittleEndian.Uint64(head[8:])
 	if off == frameEnd {
-		if length != s.sum {
-			return Frame{}, fmt.Errorf("%w: %d bytes in all, not %d", ErrFrames, s.sum, length)
-		}
-		s.done = true
-		return Frame{}, io.EOF
+		return Frame{}, s.end(length)
 	}
 	zeros := length&frameZeros != 0
 	length &^= frameZeros
@@ -282,15 +295,40 @@ func (s *FrameReader) Next() (Frame, error) {
 	if zeros {
 		return f, nil
 	}
-	var sum [sha256.Size]byte
+	if s.buf == nil {
+		s.buf = aligned(MapBlock)
+	}
 	f.Data = s.buf[:length]
-	if err := errors.Join(readFrame(s.r, sum[:]), readFrame(s.r, f.Data)); err != nil {
-		return Frame{}, err
+	return f, s.data(f)
+}
+
+// data reads the data of a frame.
+func (s *FrameReader) data(f Frame) error {
+	var sum [sha256.Size]byte
+	if err := readFrame(s.r, sum[:]); err != nil {
+		return err
+	}
+	s.heads.Write(sum[:])
+	if err := readFrame(s.r, f.Data); err != nil {
+		return err
 	}
 	if got := sha256.Sum256(f.Data); !bytes.Equal(got[:], sum[:]) {
-		return Frame{}, fmt.Errorf("%w: the data at %d is not what was sent", ErrFrames, f.Offset)
+		return fmt.Errorf("%w: the data at %d is not what was sent", ErrFrames, f.Offset)
 	}
-	return f, nil
+	return nil
+}
+
+// end reads the last frame and gives io.EOF.
+func (s *FrameReader) end(length uint64) error {
+	sum := make([]byte, sha256.Size)
+	if err := readFrame(s.r, sum); err != nil {
+		return err
+	}
+	if length != s.sum || !bytes.Equal(sum, s.heads.Sum(nil)) {
+		return fmt.Errorf("%w: its end is that of another", ErrFrames)
+	}
+	s.done = true
+	return io.EOF
 }
 
 // Apply writes the rest of the stream into f, which is at least as long as the
