@@ -19,7 +19,7 @@ func newSR(g *global) *cobra.Command {
 			Use: "list", Short: "list the SRs", Args: cobra.NoArgs,
 			RunE: func(cmd *cobra.Command, _ []string) error { return g.with(cmd.Context(), g.listSRs) },
 		},
-		showCommand(g, "SR", "show one SR"),
+		objectCommand(g, "SR", "show UUID|NAME", "show one SR: where it lies, its room, and what it can do", g.showSR),
 		objectCommand(g, "SR", "scan SR", "look for disk images that have no record", func(ctx context.Context, c *client, ref string, rec record) error {
 			if _, err := c.async(ctx, "scan", "SR.scan", ref); err != nil {
 				return err
@@ -79,7 +79,9 @@ func newSRCreate(g *global) *cobra.Command {
 	var device []string
 	cmd := &cobra.Command{
 		Use: "create", Short: "make an SR and plug it", Args: cobra.NoArgs,
-		Example: "  patchd sr create --name scratch --device-config location=/srv/patches",
+		Example: "  patchd sr create --name patches --device-config location=/srv/patches\n" +
+			"  patchd sr create --name fast --type xfs --device-config device=/dev/disk/by-id/…\n" +
+			"  patchd sr create --name fast --type xfs --device-config device=/srv/patches.img,size=100GiB",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if name == "" {
 				return usagef("--name is needed")
@@ -114,9 +116,9 @@ func newSRCreate(g *global) *cobra.Command {
 	f.StringVar(&typ, "type", "file", "kind of storage")
 	f.StringVar(&description, "description", "", "description")
 	f.StringVar(&host, "host", "", "host it is on; not needed where there is one")
-	f.StringSliceVar(&device, "device-config", nil, "key=value of the driver; for file: location=FOLDER")
+	f.StringSliceVar(&device, "device-config", nil, "key=value of the driver; for file: location=FOLDER, for ext, xfs and btrfs: device=PATH")
 	g.completeFlag(cmd, "host", "host")
-	completeWords(cmd, "type", "file")
+	completeWords(cmd, "type", "file", "ext", "xfs", "btrfs")
 	return cmd
 }
 

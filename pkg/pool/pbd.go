@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"maps"
 	"path/filepath"
 	"strings"
 
@@ -177,7 +178,8 @@ func (p *Pool) plug(ctx context.Context, ref xapi.Ref) (err error) {
 		if err != nil {
 			return err
 		}
-		now.CurrentlyAttached, now.Features = true, featureNames(repo)
+		now.CurrentlyAttached = true
+		now.offer(repo)
 		delete(now.OtherConfig, keyPlugFailed)
 		tx.Put(ClassPBD, ref, now)
 		return nil
@@ -198,12 +200,23 @@ func (p *Pool) attach(ctx context.Context, typ string, c sr.Config) (sr.Reposito
 	return d.Attach(ctx, c)
 }
 
-func featureNames(repo sr.Repository) []string {
-	names := []string{}
-	for _, f := range repo.Features() {
-		names = append(names, string(f))
+// keyFeatures in PBD.other_config shows what was tried out when the SR was
+// plugged: capability strings, joined by spaces.
+const keyFeatures = "patchd-features"
+
+// offer writes down what an attached SR can do; nil: it is not attached.
+func (rec *PBD) offer(repo sr.Repository) {
+	rec.Features = nil
+	rec.OtherConfig = notNil(maps.Clone(rec.OtherConfig))
+	delete(rec.OtherConfig, keyFeatures)
+	if repo == nil {
+		return
 	}
-	return names
+	rec.Features = []string{}
+	for _, f := range repo.Features() {
+		rec.Features = append(rec.Features, string(f))
+	}
+	rec.OtherConfig[keyFeatures] = strings.Join(rec.Features, " ")
 }
 
 // PBDUnplug detaches an SR from its host. One that is not plugged stays so.
@@ -238,7 +251,8 @@ func (p *Pool) PBDUnplug(ctx context.Context, ref xapi.Ref) error {
 		if err != nil {
 			return err
 		}
-		now.CurrentlyAttached, now.Features = false, nil
+		now.CurrentlyAttached = false
+		now.offer(nil)
 		delete(now.OtherConfig, keyPlugFailed)
 		tx.Put(ClassPBD, ref, now)
 		return nil

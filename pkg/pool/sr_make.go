@@ -66,8 +66,9 @@ func (p *Pool) makeSR(ctx context.Context, d sr.Driver, intentRef xapi.Ref, in I
 	rec.PhysicalSize, rec.PhysicalUtilisation = stat.PhysicalSize, stat.PhysicalUtilisation
 	pbdRef, pbd := xapi.NewRef(), PBD{
 		UUID: xapi.NewUUID(), Host: p.Self, SR: in.SR, DeviceConfig: in.Device,
-		CurrentlyAttached: true, OtherConfig: map[string]string{}, Features: featureNames(repo),
+		CurrentlyAttached: true, OtherConfig: map[string]string{},
 	}
+	pbd.offer(repo)
 	return repo, p.Store.Update(ctx, func(tx *store.Tx) error {
 		now, err := store.Read[Intent](tx, ClassIntent, intentRef)
 		if err != nil {

@@ -144,8 +144,8 @@ func (p *Pool) replug(ctx context.Context, ref xapi.Ref) error {
 			return err
 		}
 		news = rec.OtherConfig[keyPlugFailed] != text
-		rec.CurrentlyAttached, rec.Features = false, nil
-		rec.OtherConfig = notNil(rec.OtherConfig)
+		rec.CurrentlyAttached = false
+		rec.offer(nil)
 		rec.OtherConfig[keyPlugFailed] = text
 		tx.Put(ClassPBD, ref, rec)
 		return nil
