@@ -165,4 +165,7 @@ type Result struct {
 type Space struct {
 	Total int64
 	Free  int64 // what this process may still use
+	// ReadOnly tells that nothing can be written, such as after an I/O error on
+	// a filesystem that was mounted to end so.
+	ReadOnly bool
 }

@@ -190,7 +190,7 @@ func (s *System) Space(path string) (Space, error) {
 	if mayUseReserve() {
 		free = st.Bfree
 	}
-	return Space{Total: int64(st.Blocks) * unit, Free: int64(free) * unit}, nil
+	return Space{Total: int64(st.Blocks) * unit, Free: int64(free) * unit, ReadOnly: st.Flags&unix.ST_RDONLY != 0}, nil
 }
 
 func mayUseReserve() bool {

@@ -45,13 +45,20 @@ func checkDetached(feed *feeder, sig Signature, keys *Keyring) (Signature, error
 // Errors: INVALID_PATCH [] when the signature does not hold, by what keys
 // trusts now; ctx's cause when it ends; an error of payload as it is.
 func VerifyDetached(ctx context.Context, payload io.Reader, sig Signature, keys *Keyring, pinned []string) (string, error) {
+	digest, _, err := VerifySigner(ctx, payload, sig, keys, pinned)
+	return digest, err
+}
+
+// VerifySigner is VerifyDetached that also gives the fingerprint of the key that
+// made the signature, as it was found and not as sig claims; "" for Pinned.
+func VerifySigner(ctx context.Context, payload io.Reader, sig Signature, keys *Keyring, pinned []string) (digest, signer string, err error) {
 	hash := sha256.New()
 	src := &source{r: &contextReader{ctx, payload}}
 	feed := &feeder{r: src, digest: hash}
-	var err error
+	var found Signature
 	switch sig.Kind {
 	case Inline, Cleartext:
-		_, err = checkDetached(feed, sig, keys)
+		found, err = checkDetached(feed, sig, keys)
 	case Pinned:
 	default:
 		err = fmt.Errorf("unknown kind of signature %.32q", sig.Kind)
@@ -60,16 +67,16 @@ func VerifyDetached(ctx context.Context, payload io.Reader, sig Signature, keys 
 		_, _ = drain(feed) // its error is that of src
 	}
 	if src.err != nil {
-		return "", fmt.Errorf("read the payload: %w", src.err)
+		return "", "", fmt.Errorf("read the payload: %w", src.err)
 	}
-	digest := hex.EncodeToString(hash.Sum(nil))
+	digest = hex.EncodeToString(hash.Sum(nil))
 	if sig.Kind == Pinned && !isPinned(digest, pinned) {
 		err = fmt.Errorf("not signed, and its SHA-256 %s is not pinned in the configuration", digest)
 	}
 	if err != nil {
-		return digest, invalidPatch(err)
+		return digest, "", invalidPatch(err)
 	}
-	return digest, nil
+	return digest, found.Signer, nil
 }
 
 // drain reads r to its end.
