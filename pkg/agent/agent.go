@@ -12,6 +12,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/patchd/patchd/pkg/dom0"
+	"github.com/patchd/patchd/pkg/patch"
 	"github.com/patchd/patchd/pkg/pool"
 	"github.com/patchd/patchd/pkg/xapi"
 )
@@ -26,6 +27,7 @@ type Coordinator interface {
 	JobReport(ctx context.Context, job xapi.Ref, progress float64, tail string) error
 	JobRequeue(ctx context.Context, job xapi.Ref) error
 	JobFinish(ctx context.Context, job xapi.Ref, o pool.Outcome) error
+	VDIDamaged(ctx context.Context, vdi xapi.Ref, text string) error
 	PatchFile(uuid xapi.UUID) (*os.File, int64, error)
 	Resync(ctx context.Context, host xapi.Ref, stamps []pool.Stamp) error
 	MessageCreate(ctx context.Context, name string, priority int64, cls string, obj xapi.UUID, body string) (xapi.Ref, error)
@@ -51,6 +53,8 @@ type Options struct {
 	PatchDir string
 	KeysDir  string
 	Pinned   []string // SHA-256 of unsigned files that are allowed
+	// Attested is where this host remembers what it has verified; "": nowhere.
+	Attested patch.Attestations
 	// Runner is the command line that runs RunRunner; the journal folder is
 	// appended.
 	Runner   []string

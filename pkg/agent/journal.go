@@ -55,6 +55,7 @@ const (
 	fileResult   = "result.json"
 	fileLog      = "runner.log"
 	fileImage    = "image"
+	fileMap      = "map" // the block map of the golden image
 	dirMount     = "mnt"
 )
 

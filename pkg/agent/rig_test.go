@@ -17,6 +17,7 @@ import (
 
 	"github.com/patchd/patchd/pkg/dom0"
 	"github.com/patchd/patchd/pkg/dom0/dom0test"
+	"github.com/patchd/patchd/pkg/patch"
 	"github.com/patchd/patchd/pkg/pool"
 	"github.com/patchd/patchd/pkg/sr"
 	"github.com/patchd/patchd/pkg/sr/file"
@@ -57,7 +58,13 @@ type rig struct {
 
 func newRig(t *testing.T) *rig {
 	t.Helper()
-	r := &rig{t: t, dir: t.TempDir(), mem: &memory.Driver{Clones: true}, verbs: verbs{}, payload: map[xapi.UUID][]byte{}}
+	return newRigOf(t, true)
+}
+
+// newRigOf is newRig with an SR that clones, or does not.
+func newRigOf(t *testing.T, clones bool) *rig {
+	t.Helper()
+	r := &rig{t: t, dir: t.TempDir(), mem: &memory.Driver{Clones: clones}, verbs: verbs{}, payload: map[xapi.UUID][]byte{}}
 	s, err := store.Open(t.Context(), store.Options{Dir: filepath.Join(r.dir, "db"), Indexes: append(pool.Indexes(), task.Indexes()...)})
 	if err != nil {
 		t.Fatal(err)
@@ -91,7 +98,8 @@ func (r *rig) life() {
 		Coordinator: r.gate, Storage: r.pool, Dom0: r.machine, Log: log,
 		Self: r.pool.Self, SelfUUID: r.pool.SelfUUID, PoolUUID: r.pool.PoolUUID,
 		JobsDir: filepath.Join(r.dir, "jobs"), PatchDir: filepath.Join(r.dir, "patches"), KeysDir: filepath.Join(r.dir, "keys"),
-		Pinned: r.pinned(), Runner: []string{"/patchd", "runner"},
+		Attested: patch.Attestations(filepath.Join(r.dir, "attested")),
+		Pinned:   r.pinned(), Runner: []string{"/patchd", "runner"},
 		Timeouts: Timeouts{Precheck: 5 * time.Second, Apply: 5 * time.Second, Grace: 20 * time.Millisecond},
 	})
 	r.pool.Local = r.agent
@@ -312,7 +320,7 @@ func (r *rig) left() []string {
 			return append(left, err.Error())
 		}
 		for _, v := range volumes {
-			if v.Name.Kind != sr.KindLive {
+			if v.Name.Kind != sr.KindLive && v.Name.Kind != sr.KindMap {
 				left = append(left, "volume "+v.Name.String())
 			}
 		}

@@ -27,16 +27,23 @@ type Run struct {
 	PatchRef xapi.Ref     `json:"patch_ref"`
 	Patch    xapi.UUID    `json:"patch"`
 	Host     xapi.UUID    `json:"host"`
-	Image    string       `json:"image"` // the private image, writable
+	Image    string       `json:"image"`             // the private image, writable
+	VDIRef   xapi.Ref     `json:"vdi_ref,omitempty"` // of the golden image it was made of
 
-	// Check asks for digest and signature of the payload to be verified
-	// against KeysDir and Pinned; it is false only when the golden image was
-	// verified before and has not changed since.
-	Check     bool            `json:"check"`
-	Digest    string          `json:"digest"`
-	Signature patch.Signature `json:"signature"`
-	KeysDir   string          `json:"keys_dir"`
-	Pinned    []string        `json:"pinned,omitempty"`
+	// Check asks for the image to be verified; it is false only when the golden
+	// image was verified before and has not changed since. The image must equal
+	// the block map in the journal folder, which has the digest Map. Then, unless
+	// Attested tells what such an image holds, digest and signature of the
+	// payload are verified against KeysDir and Pinned. Without a map only that is done.
+	Check bool   `json:"check"`
+	Map   string `json:"map,omitempty"`
+	// Equal tells that each block of the image was checked while it was copied.
+	Equal     bool               `json:"equal,omitempty"`
+	Attested  patch.Attestations `json:"attested,omitempty"`
+	Digest    string             `json:"digest"`
+	Signature patch.Signature    `json:"signature"`
+	KeysDir   string             `json:"keys_dir"`
+	Pinned    []string           `json:"pinned,omitempty"`
 
 	// KeepFree is the room in bytes that must stay free on the filesystem of
 	// the image while the patch runs; 0: none.
@@ -126,6 +133,10 @@ func (r *runner) execute(ctx context.Context) (res Result) {
 }
 
 func (r *runner) steps(ctx context.Context, undo *xapi.Undo, res *Result) error {
+	attested, err := r.checkImage(ctx)
+	if err != nil {
+		return err
+	}
 	dev, err := r.dom0.Attach(ctx, r.run.Image, false)
 	if err != nil {
 		return fmt.Errorf("attach the image of patch %s: %w", r.run.Patch, err)
@@ -135,13 +146,13 @@ func (r *runner) steps(ctx context.Context, undo *xapi.Undo, res *Result) error 
 		Source: dev.Path(), Target: r.mnt, Type: "ext4", Options: "errors=remount-ro,noinit_itable",
 	})
 	if errors.Is(err, syscall.EINVAL) || errors.Is(err, syscall.EUCLEAN) {
-		return xapi.NewError(xapi.VDIContentChanged, string(r.run.PatchRef), "the image holds no ext4 filesystem").Because(err)
+		return r.changed("the image holds no ext4 filesystem").Because(err)
 	}
 	if err != nil {
 		return fmt.Errorf("mount the image of patch %s: %w", r.run.Patch, err)
 	}
 	undo.Push("unmount", func(ctx context.Context) error { return r.dom0.Unmount(ctx, r.mnt) })
-	if r.run.Check {
+	if r.run.Check && !attested {
 		if err := r.check(ctx); err != nil {
 			return err
 		}
@@ -168,13 +179,15 @@ func (r *runner) check(ctx context.Context) error {
 	}
 	f, err := os.OpenFile(filepath.Join(r.mnt, vdi.FileName), os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
 	if err != nil {
-		return xapi.NewError(xapi.VDIContentChanged, string(r.run.PatchRef), "the image holds no file called "+vdi.FileName).Because(err)
+		return r.changed("the image holds no file called " + vdi.FileName).Because(err)
 	}
 	defer f.Close()
-	digest, err := patch.VerifyDetached(ctx, f, r.run.Signature, keys, r.run.Pinned)
+	digest, signer, err := patch.VerifySigner(ctx, f, r.run.Signature, keys, r.run.Pinned)
 	if digest != "" && digest != r.run.Digest {
-		return xapi.NewError(xapi.VDIContentChanged, string(r.run.PatchRef),
-			fmt.Sprintf("the payload has SHA-256 %s, the record says %s", digest, r.run.Digest)).Because(err)
+		return r.changed(fmt.Sprintf("the payload has SHA-256 %s, the record says %s", digest, r.run.Digest)).Because(err)
+	}
+	if err == nil {
+		r.attest(signer)
 	}
 	return err
 }
@@ -191,7 +204,7 @@ func (r *runner) alone() error {
 		if e.Name() == vdi.FileName && e.Type().IsRegular() || e.Name() == "lost+found" && e.IsDir() {
 			continue
 		}
-		return xapi.NewError(xapi.VDIContentChanged, string(r.run.PatchRef), fmt.Sprintf("the image holds %.64q, which is not of the upload", e.Name()))
+		return r.changed(fmt.Sprintf("the image holds %.64q, which is not of the upload", e.Name()))
 	}
 	return nil
 }
@@ -206,7 +219,13 @@ func (r *runner) precheck(ctx context.Context, res *Result) error {
 		return xapi.NewError(xapi.PrecheckFailedUnknownError, string(r.run.PatchRef),
 			fmt.Sprintf("precheck did not end within %s and was killed: %s", r.run.Timeouts.Precheck, r.out.Text()))
 	}
-	return patch.PrecheckError(r.run.PatchRef, exitOf(end), stdout, r.out.Text())
+	if err := patch.PrecheckError(r.run.PatchRef, exitOf(end), stdout, r.out.Text()); err != nil {
+		return err
+	}
+	if text, err := r.sound(ctx); err != nil {
+		return xapi.NewError(xapi.PrecheckFailedUnknownError, string(r.run.PatchRef), text).Because(err)
+	}
+	return nil
 }
 
 func (r *runner) apply(ctx context.Context, res *Result) error {
@@ -236,10 +255,8 @@ func (r *runner) apply(ctx context.Context, res *Result) error {
 	if err := patch.ApplyError(exitOf(end), r.out.Text()); err != nil {
 		return err
 	}
-	// A full or failing SR shows only here: write() had succeeded.
-	if err := r.dom0.SyncFS(ctx, r.mnt); err != nil {
-		return xapi.NewError(xapi.PatchApplyFailed,
-			"the scratch room could not be written to the storage repository: "+err.Error()).Because(err)
+	if text, err := r.sound(ctx); err != nil {
+		return xapi.NewError(xapi.PatchApplyFailed, text).Because(err)
 	}
 	return nil
 }

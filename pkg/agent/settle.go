@@ -77,7 +77,11 @@ func (e *execution) undo(entry Entry, cause error) error {
 }
 
 func (e *execution) finish(j pool.Assignment, o pool.Outcome) error {
-	if err := e.agent.Coordinator.JobFinish(context.WithoutCancel(e.stop), j.Ref, o); err != nil {
+	ctx := context.WithoutCancel(e.stop)
+	if err := e.reportDamage(ctx, j, o.Err); err != nil {
+		return err
+	}
+	if err := e.agent.Coordinator.JobFinish(ctx, j.Ref, o); err != nil {
 		return fmt.Errorf("record the end of the job: %w", err)
 	}
 	e.recorded = true

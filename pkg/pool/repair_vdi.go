@@ -168,7 +168,7 @@ func (p *Pool) mendMap(ctx context.Context, l look, f *os.File, donors []donor) 
 	}
 	if m.Digest() != l.rec.Map {
 		return nil, xapi.NewError(xapi.VDIContentChanged, string(l.ref),
-			damagedMap+", the image is damaged too, and no VDI of the SRs plugged here has the same map: destroy it and upload the patch again")
+			DamagedMap+", the image is damaged too, and no VDI of the SRs plugged here has the same map: destroy it and upload the patch again")
 	}
 	return m, p.replaceMap(ctx, l, m)
 }

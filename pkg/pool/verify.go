@@ -51,7 +51,9 @@ func (p *Pool) VDIChecks() (out []VDICheck, err error) {
 	return out, err
 }
 
-const damagedMap = "its block map is gone or damaged"
+// DamagedMap is the damage of an image whose map cannot be held against the
+// digest in the record.
+const DamagedMap = "its block map is gone or damaged"
 
 func noMap(rec VDI) error {
 	return xapi.NewError(xapi.OperationNotAllowed, fmt.Sprintf("VDI %s has no block map: only images of patches, which never change, have one", rec.UUID))
@@ -107,7 +109,7 @@ func (p *Pool) verify(ctx context.Context, l look, progress func(done, total int
 	case err != nil && !p.answers(ctx, l.repo):
 		return r, fmt.Errorf("read the block map of VDI %s: %w", l.rec.UUID, err)
 	case err != nil:
-		r.Damage = damagedMap
+		r.Damage = DamagedMap
 	default:
 		r.Blocks = int64(len(m.Blocks))
 		if err := p.holdAgainst(ctx, &r, l, f, m, progress); err != nil {
@@ -206,7 +208,7 @@ func (p *Pool) tellDamage(tx *store.Tx, rec VDI, mended string) error {
 
 // cureOf says what helps a damaged image.
 func cureOf(rec VDI) string {
-	if rec.Damage == damagedMap {
+	if rec.Damage == DamagedMap {
 		return fmt.Sprintf("`patchd vdi repair %s` makes the map again from the image, or takes it from a copy", rec.UUID)
 	}
 	return fmt.Sprintf("`patchd vdi repair %s` takes good blocks from another VDI; where none has them, destroy the VDI and upload the patch again", rec.UUID)

@@ -145,7 +145,7 @@ func TestVerifyFindsEveryDamage(t *testing.T) {
 				r.verifies(what+", undone", ref, 0, "")
 			}
 			r.flip(ref, mapOf, 30)
-			r.verifies("map", ref, 0, damagedMap)
+			r.verifies("map", ref, 0, DamagedMap)
 			r.flip(ref, mapOf, 30)
 			f := r.volume(ref, sr.Live)
 			defer f.Close()
@@ -155,7 +155,7 @@ func TestVerifyFindsEveryDamage(t *testing.T) {
 			r.verifies("longer", ref, 1, "bytes long")
 			r.must(f.Truncate(rec.VirtualSize))
 			r.drop(ref, mapOf)
-			r.verifies("no map", ref, 0, damagedMap)
+			r.verifies("no map", ref, 0, DamagedMap)
 			r.drop(ref, sr.Live)
 			_, err := r.VDIVerify(t.Context(), ref)
 			r.wantCode("no image", err, xapi.VDIMissing)
@@ -274,7 +274,7 @@ func TestRepairMakesTheMapAgain(t *testing.T) {
 	ref := r.mapped(a, "golden", data)
 	want := r.contents(ref)
 	r.drop(ref, mapOf)
-	r.verifies("no map", ref, 0, damagedMap)
+	r.verifies("no map", ref, 0, DamagedMap)
 	r.must(r.VDIRepair(t.Context(), ref))
 	r.good("from the image", ref, want)
 
@@ -282,7 +282,7 @@ func TestRepairMakesTheMapAgain(t *testing.T) {
 	r.flip(ref, sr.Live, 60)
 	r.wantCode("both damaged", r.VDIRepair(t.Context(), ref), xapi.VDIContentChanged)
 	r.mapped(b, "twin", data)
-	r.verifies("both damaged", ref, 0, damagedMap)
+	r.verifies("both damaged", ref, 0, DamagedMap)
 	r.must(r.VDIRepair(t.Context(), ref))
 	r.good("from a twin", ref, want)
 }
@@ -296,7 +296,7 @@ func TestARepairThatDiesIsBegunAgain(t *testing.T) {
 	want := r.contents(ref)
 	r.flip(ref, mapOf, 60)
 	r.flip(ref, sr.Live, 60)
-	r.verifies("damaged", ref, 0, damagedMap)
+	r.verifies("damaged", ref, 0, DamagedMap)
 	for n := 1; ; n++ {
 		calls := 0
 		r.point = func(string) error {
