@@ -4,6 +4,7 @@ package vm
 
 import (
 	"flag"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -48,6 +49,30 @@ func run(t testing.TB, command ...string) string {
 		t.Fatalf("%q: %v\n%s", command, err, out)
 	}
 	return strings.TrimSpace(string(out))
+}
+
+// shell runs a line of shell.
+func shell(line string) error {
+	if out, err := exec.Command("sh", "-c", line).CombinedOutput(); err != nil {
+		return fmt.Errorf("%s: %w\n%s", line, err, out)
+	}
+	return nil
+}
+
+// eventually tries f until it succeeds, for 90 s at most.
+func eventually(t *testing.T, what string, f func() error) time.Duration {
+	t.Helper()
+	begin := time.Now()
+	for {
+		err := f()
+		if err == nil {
+			return time.Since(begin)
+		}
+		if time.Since(begin) > 90*time.Second {
+			t.Fatalf("%s: not within 90 s: %v", what, err)
+		}
+		time.Sleep(200 * time.Millisecond)
+	}
 }
 
 // disk is a loop device on a sparse file of size bytes; it goes with t.

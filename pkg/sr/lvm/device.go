@@ -23,7 +23,7 @@ type place struct {
 	group string
 	given string // the device as it was named
 	name  func() string
-	tools tools  // of the device it really is
+	tools tools // of the device it really is
 }
 
 // locate holds c against the rules: an absolute, clean path below /dev of

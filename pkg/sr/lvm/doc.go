@@ -3,7 +3,7 @@
 // # Layout
 //
 //	device                        a physical volume, its uuid is made of the SR's
-//	patchd<SR uuid, no dashes>    the volume group, alone on the device
+//	pd_<SR uuid, no dashes>       the volume group, alone on the device
 //	…/pool                        the thin pool, all of the group
 //	…/vdi.<uuid>, …/map.<uuid>    a VDI and its block map
 //	…/W…, P…, M…                  working data of one job, see logicalName

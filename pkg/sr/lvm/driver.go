@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"strconv"
+	"strings"
 	"sync"
 
 	"github.com/patchd/patchd/pkg/sr"
@@ -130,10 +131,10 @@ func (d *Driver) Probe(ctx context.Context, c sr.Config) (string, error) {
 
 // srOfGroup is the SR whose volume group has that name.
 func srOfGroup(group string) (xapi.UUID, bool) {
-	if len(group) != len("patchd")+32 {
+	h, found := strings.CutPrefix(group, groupPrefix)
+	if !found || len(h) != 32 {
 		return "", false
 	}
-	h := group[len("patchd"):]
 	uuid := xapi.UUID(h[:8] + "-" + h[8:12] + "-" + h[12:16] + "-" + h[16:20] + "-" + h[20:])
 	return uuid, uuid.Valid() && groupName(uuid) == group
 }

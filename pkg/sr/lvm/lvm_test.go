@@ -22,7 +22,7 @@ func TestNamesComeBack(t *testing.T) {
 		if got, ok := volumeName(lv); !ok || got != n {
 			t.Errorf("%s became %q and %v, %v", n, lv, got, ok)
 		}
-		if len(group)+1+len(lv) > 126 || len(mapperName(group, lv)) > 127 {
+		if len(group)+len(lv) > 124 || len(mapperName(group, lv)) > 127 {
 			t.Errorf("%s/%s is too long for LVM", group, lv)
 		}
 		if strings.ContainsFunc(lv, func(r rune) bool {
@@ -47,7 +47,7 @@ func TestForeignNamesAreNotVolumes(t *testing.T) {
 
 func TestGroupAndPhysicalVolumeCarryTheUUID(t *testing.T) {
 	u := xapi.UUID("01234567-89ab-4def-8123-456789abcdef")
-	if g := groupName(u); g != "patchd0123456789ab4def8123456789abcdef" {
+	if g := groupName(u); g != "pd_0123456789ab4def8123456789abcdef" {
 		t.Error(g)
 	}
 	if got, ok := srOfGroup(groupName(u)); !ok || got != u {
@@ -56,7 +56,7 @@ func TestGroupAndPhysicalVolumeCarryTheUUID(t *testing.T) {
 	if p := physicalUUID(u); p != "012345-6789-ab4d-ef81-2345-6789-abcdef" {
 		t.Error(p)
 	}
-	for _, g := range []string{"", "vg0", "patchd", "patchd" + strings.Repeat("x", 32), "PATCHD0123456789ab4def8123456789abcdef"} {
+	for _, g := range []string{"", "vg0", "pd_", "pd_" + strings.Repeat("x", 32), "PD_0123456789ab4def8123456789abcdef"} {
 		if u, ok := srOfGroup(g); ok {
 			t.Errorf("%q was taken for SR %s", g, u)
 		}

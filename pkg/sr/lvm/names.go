@@ -23,8 +23,11 @@ var compact = base64.NewEncoding("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrst
 // kinds gives the first letter of the name of working data.
 var kinds = map[sr.Kind]byte{sr.KindPart: 'P', sr.KindWork: 'W', sr.KindMapPart: 'M'}
 
+// groupPrefix is what every group of patchd begins with.
+const groupPrefix = "pd_"
+
 // groupName is the volume group of an SR.
-func groupName(uuid xapi.UUID) string { return "patchd" + strings.ReplaceAll(string(uuid), "-", "") }
+func groupName(uuid xapi.UUID) string { return groupPrefix + strings.ReplaceAll(string(uuid), "-", "") }
 
 // physicalUUID is the uuid of the SR's physical volume, in the form LVM wants.
 // By it a device that lost its group half way through Create or Destroy is known.
@@ -36,7 +39,7 @@ func physicalUUID(uuid xapi.UUID) string {
 
 // logicalName is the name of a volume's LV: "vdi." or "map." and the uuid, or a
 // letter and the four uuids as 86 characters. Group and name together may have
-// 126, which is why working data is written so.
+// 124, which is why working data is written so.
 func logicalName(n sr.Name) string {
 	switch n.Kind {
 	case sr.KindLive:
