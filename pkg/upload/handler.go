@@ -65,6 +65,8 @@ type Options struct {
 	Keys func() (*patch.Keyring, error)
 	// Check holds the pinned digests and the limits of messages.
 	Check patch.Options
+	// Attested is where this host remembers what it has verified; "": nowhere.
+	Attested patch.Attestations
 	// InfoTimeout is how long `patch info` may take; 0: 10 s.
 	InfoTimeout time.Duration
 	// Stall is how long a client may send or take nothing; 0: DefaultStall.

@@ -198,8 +198,24 @@ func (u *patchUpload) fill(ctx context.Context, w *vdi.Writer, path string) (err
 	if u.image, err = w.Finish(ctx); err != nil {
 		return u.noRoom(err)
 	}
+	u.attest()
 	u.info, err = patch.Query(ctx, u.h.Dom0, path, u.h.InfoTimeout)
 	return err
+}
+
+// attest remembers on this host that the image with this map holds a payload
+// whose signature has held. Should that fail, the first apply verifies it again.
+func (u *patchUpload) attest() {
+	if u.image.Map == nil {
+		return
+	}
+	sig := u.message.Signature()
+	err := u.h.Attested.Remember(patch.Attestation{
+		Map: u.image.Map.Digest(), Digest: u.message.Digest(), Kind: sig.Kind, Signer: sig.Signer,
+	})
+	if err != nil {
+		u.h.Log.WithError(err).Warn("what was verified cannot be remembered: the first apply reads it again")
+	}
 }
 
 // stream copies the payload until its signature holds, and watches the room.
