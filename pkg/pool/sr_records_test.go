@@ -136,7 +136,7 @@ func TestForgetAndIntroduceAnSR(t *testing.T) {
 	if got := get[PBD](r, ClassPBD, pbd); !got.CurrentlyAttached || len(got.Features) == 0 {
 		t.Errorf("record of a plugged PBD: %+v", got)
 	}
-	r.wantTidy("at the end")
+	r.isPlain(again)
 }
 
 func TestPBDsAreChecked(t *testing.T) {

@@ -58,6 +58,31 @@ var operations = []operation{
 		return err
 	}},
 	{"VDI.destroy", func(r *rig, s scene) error { return r.VDIDestroy(r.t.Context(), s.golden) }},
+	{"VDI.copy of a patch, which is then written to", func(r *rig, s scene) error {
+		ref, err := r.VDICopy(r.t.Context(), s.golden, s.other, "", "")
+		if err != nil {
+			return err
+		}
+		_, release, err := r.VDIFile(r.t.Context(), ref, sr.ReadWrite)
+		if err == nil {
+			release()
+		}
+		return err
+	}},
+	{"VDI.snapshot of a patch on an SR that clones", func(r *rig, s scene) error {
+		far, err := r.VDICopy(r.t.Context(), s.golden, s.other, "", "")
+		if err == nil {
+			_, err = r.VDISnapshot(r.t.Context(), far, nil)
+		}
+		return err
+	}},
+	{"a draft that is discarded", func(r *rig, s scene) error {
+		d, err := r.NewDraft(r.t.Context(), NewVDI{SR: s.sr, VirtualSize: 1 << 20}, DraftOptions{})
+		if err != nil {
+			return err
+		}
+		return d.Discard(r.t.Context())
+	}},
 	{"VDI.resize", func(r *rig, s scene) error { return r.VDIResize(r.t.Context(), s.vdi, 2<<20) }},
 	{"SR.create", func(r *rig, s scene) error {
 		_, err := r.SRCreate(r.t.Context(), r.memorySpec("new"))

@@ -16,6 +16,8 @@ import (
 	"github.com/patchd/patchd/pkg/sr/file"
 	"github.com/patchd/patchd/pkg/sr/memory"
 	"github.com/patchd/patchd/pkg/store"
+	"github.com/patchd/patchd/pkg/task"
+	"github.com/patchd/patchd/pkg/vdi"
 	"github.com/patchd/patchd/pkg/xapi"
 )
 
@@ -39,7 +41,7 @@ func newRig(t *testing.T) *rig {
 // open opens store and pool as a start of the daemon does, but for the repair.
 func (r *rig) open(db string) {
 	r.t.Helper()
-	s, err := store.Open(r.t.Context(), store.Options{Dir: db, Indexes: Indexes()})
+	s, err := store.Open(r.t.Context(), store.Options{Dir: db, Indexes: append(Indexes(), task.Indexes()...)})
 	if err != nil {
 		r.t.Fatal(err)
 	}
@@ -128,16 +130,30 @@ func write(data []byte) func(context.Context, *os.File, string) error {
 	return func(_ context.Context, f *os.File, _ string) error { _, err := f.WriteAt(data, 0); return err }
 }
 
-// golden makes a VDI with a patch in it.
+// mapped fills a VDI with data at its beginning and gives its block map.
+func mapped(n *NewVDI, data []byte) {
+	var m *vdi.Map
+	n.Fill = func(ctx context.Context, f *os.File, _ string) (err error) {
+		if _, err = f.WriteAt(data, 0); err == nil {
+			m, err = vdi.BuildMap(ctx, f, n.VirtualSize)
+		}
+		return err
+	}
+	n.Map = func() *vdi.Map { return m }
+}
+
+// golden makes a VDI with a patch in it, and its block map.
 func (r *rig) golden(sr xapi.Ref, data []byte) (vdi, patch xapi.Ref) {
 	r.t.Helper()
-	vdi, err := r.NewVDI(r.t.Context(), NewVDI{
-		SR: sr, VDI: VDI{NameLabel: "patch", ReadOnly: true}, VirtualSize: 1 << 20, Fill: write(data),
+	n := NewVDI{
+		SR: sr, VDI: VDI{NameLabel: "patch", ReadOnly: true}, VirtualSize: 1 << 20,
 		Commit: func(tx *store.Tx, vdi xapi.Ref) (err error) {
 			patch, err = r.IntroducePatch(tx, Patch{UUID: xapi.NewUUID(), NameLabel: "p", VDI: vdi, AfterApplyGuidance: []xapi.Guidance{}})
 			return err
 		},
-	})
+	}
+	mapped(&n, data)
+	vdi, err := r.NewVDI(r.t.Context(), n)
 	r.must(err)
 	return vdi, patch
 }
@@ -184,7 +200,7 @@ func (r *rig) volumes(ref xapi.Ref) []sr.Name {
 }
 
 // wantTidy fails unless records and storage agree: no intent, no part, every
-// VDI has its volume and every volume its VDI, no patch names a VDI that is gone.
+// VDI has its volume, and its map if it claims one, and every volume its VDI, no patch names a VDI that is gone.
 func (r *rig) wantTidy(when string) {
 	r.t.Helper()
 	if n := r.count(ClassIntent); n != 0 {
@@ -198,6 +214,9 @@ func (r *rig) wantTidy(when string) {
 				recorded[rec.SR] = map[sr.Name]bool{}
 			}
 			recorded[rec.SR][sr.Live(rec.UUID)] = true
+			if rec.Map != "" {
+				recorded[rec.SR][sr.Live(rec.UUID).Map()] = true
+			}
 			if _, there := v.Get(ClassSR, rec.SR); !there {
 				r.t.Errorf("%s: VDI %s is in an SR that is gone", when, ref)
 			}
@@ -221,7 +240,7 @@ func (r *rig) wantTidy(when string) {
 			}
 		}
 		if len(names) != len(recorded[ref]) {
-			r.t.Errorf("%s: %d volumes for %d records", when, len(names), len(recorded[ref]))
+			r.t.Errorf("%s: %d volumes, want %d", when, len(names), len(recorded[ref]))
 		}
 	}
 }
