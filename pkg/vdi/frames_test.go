@@ -95,6 +95,7 @@ func TestFramesGiveTheImageBack(t *testing.T) {
 			}
 		}
 		a, _ := Allocated(src)
+		a += 8 * piece // a hole that is smaller is filled
 		if b, err := Allocated(fresh); err != nil || b > a {
 			t.Fatalf("%d bytes allocated, of the source %d: %v", b, a, err)
 		}
