@@ -291,9 +291,16 @@ func (h *Host) Left() []string {
 			left = append(left, "loop device of "+strings.TrimSpace(string(b)))
 		}
 	}
+	up := true
+	select {
+	case <-h.Exited():
+		up = false
+	default:
+	}
 	mounts, _ := os.ReadFile("/proc/self/mountinfo")
 	for _, line := range strings.Split(string(mounts), "\n") {
-		if f := strings.Fields(line); len(f) > 4 && strings.HasPrefix(f[4], h.StateDir+"/") {
+		f := strings.Fields(line)
+		if len(f) > 4 && strings.HasPrefix(f[4], h.StateDir+"/") && !(up && strings.HasPrefix(f[4], h.StateDir+"/mnt/")) { // a plugged SR
 			left = append(left, "mount at "+f[4])
 		}
 	}
