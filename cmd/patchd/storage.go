@@ -146,8 +146,10 @@ func newVDI(g *global) *cobra.Command {
 			Use: "list", Short: "list the disk images", Args: cobra.NoArgs,
 			RunE: func(cmd *cobra.Command, _ []string) error { return g.with(cmd.Context(), g.listVDIs) },
 		},
-		showCommand(g, "VDI", "show one disk image"),
+		newVDIShow(g),
 		newVDICopy(g),
+		newVDIVerify(g),
+		newVDIRepair(g),
 		objectCommand(g, "VDI", "clone VDI", "clone a disk image inside its SR", func(ctx context.Context, c *client, ref string, _ record) error {
 			return g.printNewVDI(ctx, c, "clone", "VDI.clone", ref, map[string]string{})
 		}),
@@ -181,9 +183,12 @@ func (g *global) listVDIs(ctx context.Context, c *client) error {
 	for ref, rec := range all {
 		rec["sr_name"], rec["patch"] = srs[rec.text("SR")].text("name_label"), owner[ref]
 	}
+	if err := c.addChecks(ctx, all); err != nil {
+		return err
+	}
 	return g.printRecords(os.Stdout, all, []column{
 		field("UUID", "uuid"), field("NAME", "name_label"), field("SR", "sr_name"), size("SIZE", "virtual_size"),
-		size("USED", "physical_utilisation"), field("PATCH", "patch"),
+		size("USED", "physical_utilisation"), field("PATCH", "patch"), field("STATE", "state"),
 	})
 }
 

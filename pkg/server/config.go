@@ -37,6 +37,9 @@ type Config struct {
 	StallTimeout     Duration `toml:"stall-timeout" help:"how long an upload may stay silent"`
 	BadPasswordDelay Duration `toml:"bad-password-delay" help:"how long a login with a wrong password waits for its answer"`
 
+	ScrubInterval Duration `toml:"scrub-interval" help:"how long a checked disk image is not looked at again; 0: images are not checked in the background"`
+	ScrubRate     int64    `toml:"scrub-rate" help:"how much of disk images is read in the background, in bytes a second; 0: no bound"`
+
 	MaxCleartext int64 `toml:"max-cleartext" help:"largest clear-signed patch, in bytes"`
 
 	LogLevel  string `toml:"log-level" help:"debug, info, warning or error"`
@@ -73,6 +76,7 @@ func DefaultConfig() Config {
 		PrecheckTimeout: Duration(10 * time.Minute), ApplyTimeout: Duration(6 * time.Hour),
 		GraceTimeout: Duration(10 * time.Second), StallTimeout: Duration(5 * time.Minute),
 		BadPasswordDelay: Duration(5 * time.Second), MaxCleartext: 64 << 20,
+		ScrubInterval: Duration(7 * 24 * time.Hour), ScrubRate: 32 << 20,
 		LogLevel: "info", LogFormat: "text",
 	}
 }

@@ -35,9 +35,10 @@ func (s *Server) routes() (http.Handler, error) {
 	r.Handle("/cli", s.cli).Methods(http.MethodPost)
 	upload.New(upload.Options{
 		Pool: s.pool, Store: s.store, Tasks: s.tasks, Sessions: s.sessions, Dom0: s.dom0, Log: s.log,
-		Keys:  func() (*patch.Keyring, error) { return patch.LoadKeyring(s.keysDir()) },
-		Check: patch.Options{Pinned: s.config.PinnedSHA256, Limits: patch.Limits{Cleartext: s.config.MaxCleartext}},
-		Stall: time.Duration(s.config.StallTimeout), Render: s.render(api.Model()),
+		Keys:     func() (*patch.Keyring, error) { return patch.LoadKeyring(s.keysDir()) },
+		Check:    patch.Options{Pinned: s.config.PinnedSHA256, Limits: patch.Limits{Cleartext: s.config.MaxCleartext}},
+		Attested: s.attested(),
+		Stall:    time.Duration(s.config.StallTimeout), Render: s.render(api.Model()),
 	}).Routes(r)
 	api.Routes(r)
 	return r, nil

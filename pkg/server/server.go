@@ -169,7 +169,8 @@ func (s *Server) openPool(ctx context.Context, hostname string) error {
 		Coordinator: s.pool, Storage: s.pool, Dom0: s.dom0, Log: s.log,
 		Self: s.pool.Self, SelfUUID: s.pool.SelfUUID, PoolUUID: s.pool.PoolUUID,
 		JobsDir: s.state.path("jobs"), PatchDir: s.config.PatchDir, KeysDir: s.keysDir(), Pinned: s.config.PinnedSHA256,
-		Runner: s.runner, MaxCleartext: s.config.MaxCleartext, KeepFree: s.state.keepFree(s.dom0),
+		Attested: s.attested(),
+		Runner:   s.runner, MaxCleartext: s.config.MaxCleartext, KeepFree: s.state.keepFree(s.dom0),
 		Timeouts: agent.Timeouts{
 			Precheck: time.Duration(s.config.PrecheckTimeout), Apply: time.Duration(s.config.ApplyTimeout),
 			Grace: time.Duration(s.config.GraceTimeout),
@@ -243,6 +244,7 @@ func (s *Server) Run(ctx context.Context, ready func()) error {
 	wg.Go(func() { cancel(s.agent.Run(ctx)) })
 	wg.Go(func() { s.housekeeping(ctx) })
 	wg.Go(func() { s.sweeping(ctx) })
+	wg.Go(func() { s.scrubbing(ctx) })
 	wg.Go(func() {
 		select {
 		case <-s.leader.Done():
@@ -413,7 +415,7 @@ func (s *Server) housekeeping(ctx context.Context) {
 		case <-tick.C:
 		}
 		boundMemory()
-		err := errors.Join(s.tasks.GC(ctx), s.pool.CollectJobs(ctx), s.sessions.GC(ctx))
+		err := errors.Join(s.tasks.GC(ctx), s.pool.CollectJobs(ctx), s.sessions.GC(ctx), s.forgetAttested())
 		if _, rerr := s.state.useReserve(s.dom0, s.log); rerr != nil {
 			err = errors.Join(err, rerr)
 		}
