@@ -35,6 +35,7 @@ var outcomes = map[string]struct {
 	xapi.VDINotAvailable: {http.StatusNotFound, "the VDI's volume is not there"},
 
 	xapi.SRNotAttached:            {http.StatusConflict, "the SR is not plugged on this host"},
+	xapi.VDIContentChanged:        {http.StatusConflict, "the image is not what was uploaded"},
 	xapi.VDIInUse:                 {http.StatusConflict, "the VDI is in use"},
 	xapi.VDIReadonly:              {http.StatusConflict, "the VDI is read-only"},
 	xapi.VDITooSmall:              {http.StatusConflict, "the VDI is too small for the data"},
