@@ -8,7 +8,7 @@ FUZZTIME ?= 60s
 
 NAME ?= last
 
-.PHONY: build demo test lint bench bench-compare fuzz soak deps clean
+.PHONY: build demo test test-vm lint bench bench-compare fuzz soak deps clean
 
 build: ## a static bin/patchd
 	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/patchd ./cmd/patchd
@@ -22,6 +22,9 @@ deps: ## what the demo and the tests need from Debian and npm
 
 test: deps ## everything that must hold; needs root
 	scripts/test.sh
+
+test-vm: ## the storage drivers nfs and lvm, in a virtual machine (first run: a minute more)
+	scripts/vm.sh
 
 lint: ## gofmt, vet, staticcheck
 	scripts/lint.sh
