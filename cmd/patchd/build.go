@@ -99,7 +99,14 @@ func newPatchVerify(g *global) *cobra.Command {
 					return err
 				}
 				defer d.Close()
-				o.Dom0, o.Image = d, temporaryImage
+				layout, err := vdi.ParseLayout(c.ImageLayout)
+				if err == nil {
+					err = vdi.CheckLayout(layout, d)
+				}
+				if err != nil {
+					return usageError{fmt.Errorf("image-layout: %w", err)}
+				}
+				o.Dom0, o.Image = d, temporaryImage(vdi.Options{Layout: layout, Dom0: d})
 			}
 			report, err := patch.Verify(cmd.Context(), o)
 			if err != nil {
@@ -115,25 +122,27 @@ func newPatchVerify(g *global) *cobra.Command {
 }
 
 // temporaryImage lays a payload into an image that goes when it was asked.
-func temporaryImage(ctx context.Context, payload io.Reader, size int64) (string, func() error, error) {
-	f, err := os.CreateTemp("", "patchd-verify-*.img")
-	if err != nil {
-		return "", nil, err
+func temporaryImage(o vdi.Options) func(ctx context.Context, payload io.Reader, size int64) (string, func() error, error) {
+	return func(ctx context.Context, payload io.Reader, size int64) (string, func() error, error) {
+		f, err := os.CreateTemp("", "patchd-verify-*.img")
+		if err != nil {
+			return "", nil, err
+		}
+		remove := func() error { return os.Remove(f.Name()) }
+		err = fillImage(ctx, f, payload, size, o)
+		if err = errors.Join(err, f.Close()); err != nil {
+			return "", nil, errors.Join(err, remove())
+		}
+		return f.Name(), remove, nil
 	}
-	remove := func() error { return os.Remove(f.Name()) }
-	err = fillImage(ctx, f, payload, size)
-	if err = errors.Join(err, f.Close()); err != nil {
-		return "", nil, errors.Join(err, remove())
-	}
-	return f.Name(), remove, nil
 }
 
-func fillImage(ctx context.Context, f *os.File, payload io.Reader, size int64) error {
+func fillImage(ctx context.Context, f *os.File, payload io.Reader, size int64, o vdi.Options) error {
 	virtual := vdi.Size(size)
 	if err := f.Truncate(virtual); err != nil {
 		return err
 	}
-	w, err := vdi.NewWriter(ctx, f, virtual, size, vdi.Options{})
+	w, err := vdi.NewWriter(ctx, f, virtual, size, o)
 	if err != nil {
 		return err
 	}

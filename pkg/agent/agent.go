@@ -14,6 +14,7 @@ import (
 	"github.com/patchd/patchd/pkg/dom0"
 	"github.com/patchd/patchd/pkg/patch"
 	"github.com/patchd/patchd/pkg/pool"
+	"github.com/patchd/patchd/pkg/vdi"
 	"github.com/patchd/patchd/pkg/xapi"
 )
 
@@ -65,6 +66,8 @@ type Options struct {
 	KeepFree func(path string) int64
 	// MaxCleartext bounds clear-signed files, in bytes; 0: the default.
 	MaxCleartext int64
+	// Layout is who lays out the images this host makes.
+	Layout vdi.LayoutKind
 }
 
 // Agent carries out the jobs of one host.

@@ -79,7 +79,7 @@ func (a *Agent) intake(ctx context.Context, r io.Reader, image *os.File, size in
 	if err != nil {
 		return t, err
 	}
-	w, err := vdi.NewWriter(ctx, image, size, -1, vdi.Options{})
+	w, err := vdi.NewWriter(ctx, image, size, -1, vdi.Options{Layout: a.Layout, Dom0: a.Dom0})
 	if err != nil {
 		return t, err
 	}

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/BurntSushi/toml"
+
+	"github.com/patchd/patchd/pkg/vdi"
 )
 
 // Config is everything that can be set. Each key has one name: as a flag
@@ -41,6 +43,8 @@ type Config struct {
 	ScrubRate     int64    `toml:"scrub-rate" help:"how much of disk images is read in the background, in bytes a second; 0: no bound"`
 
 	MaxCleartext int64 `toml:"max-cleartext" help:"largest clear-signed patch, in bytes"`
+
+	ImageLayout string `toml:"image-layout" help:"who makes the filesystem of a disk image: auto, go or mke2fs"`
 
 	LogLevel  string `toml:"log-level" help:"debug, info, warning or error"`
 	LogFormat string `toml:"log-format" help:"text or json"`
@@ -77,7 +81,8 @@ func DefaultConfig() Config {
 		GraceTimeout: Duration(10 * time.Second), StallTimeout: Duration(5 * time.Minute),
 		BadPasswordDelay: Duration(5 * time.Second), MaxCleartext: 64 << 20,
 		ScrubInterval: Duration(7 * 24 * time.Hour), ScrubRate: 32 << 20,
-		LogLevel: "info", LogFormat: "text",
+		ImageLayout: "auto",
+		LogLevel:    "info", LogFormat: "text",
 	}
 }
 
@@ -200,6 +205,9 @@ func (c *Config) Validate() error {
 	if c.Listen == "" && c.TLSListen == "" {
 		return errors.New("listen and tls-listen are both empty: nobody could reach patchd")
 	}
+	if _, err := c.layout(); err != nil {
+		return fmt.Errorf("image-layout: %w", err)
+	}
 	for _, p := range c.PinnedSHA256 {
 		if len(p) != 64 || strings.Trim(p, "0123456789abcdef") != "" {
 			return fmt.Errorf("pinned-sha256: %.80q is not a SHA-256 in lower-case hexadecimal", p)
@@ -207,3 +215,6 @@ func (c *Config) Validate() error {
 	}
 	return nil
 }
+
+// layout is the layout writer of disk images.
+func (c *Config) layout() (vdi.LayoutKind, error) { return vdi.ParseLayout(c.ImageLayout) }

@@ -38,7 +38,7 @@ func (s *Server) routes() (http.Handler, error) {
 		Keys:     func() (*patch.Keyring, error) { return patch.LoadKeyring(s.keysDir()) },
 		Check:    patch.Options{Pinned: s.config.PinnedSHA256, Limits: patch.Limits{Cleartext: s.config.MaxCleartext}},
 		Attested: s.attested(),
-		Stall:    time.Duration(s.config.StallTimeout), Render: s.render(api.Model()),
+		Stall:    time.Duration(s.config.StallTimeout), Render: s.render(api.Model()), Layout: s.layout,
 	}).Routes(r)
 	api.Routes(r)
 	return r, nil

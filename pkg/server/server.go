@@ -24,6 +24,7 @@ import (
 	"github.com/patchd/patchd/pkg/sr/all"
 	"github.com/patchd/patchd/pkg/store"
 	"github.com/patchd/patchd/pkg/task"
+	"github.com/patchd/patchd/pkg/vdi"
 	"github.com/patchd/patchd/pkg/xapi"
 	"github.com/patchd/patchd/pkg/xenapi/thincli"
 )
@@ -34,6 +35,7 @@ type Server struct {
 	log    *logrus.Logger
 	state  stateDir
 	dom0   *dom0.System
+	layout vdi.LayoutKind
 
 	store    *store.Store
 	leader   *store.Leadership
@@ -82,6 +84,12 @@ func Open(ctx context.Context, c Config, o Options) (_ *Server, err error) {
 		return nil, err
 	}
 	undo.Push("close dom0", func(context.Context) error { return s.dom0.Close() })
+	if s.layout, err = c.layout(); err == nil {
+		err = vdi.CheckLayout(s.layout, s.dom0)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("image-layout: %w", err)
+	}
 	if left, err := s.dom0.LeaveGroup(); err != nil {
 		s.log.WithError(err).Warn("this daemon was started by a patch and ends with it: start it through the init system")
 	} else if left {
@@ -170,7 +178,7 @@ func (s *Server) openPool(ctx context.Context, hostname string) error {
 		Self: s.pool.Self, SelfUUID: s.pool.SelfUUID, PoolUUID: s.pool.PoolUUID,
 		JobsDir: s.state.path("jobs"), PatchDir: s.config.PatchDir, KeysDir: s.keysDir(), Pinned: s.config.PinnedSHA256,
 		Attested: s.attested(),
-		Runner:   s.runner, MaxCleartext: s.config.MaxCleartext, KeepFree: s.state.keepFree(s.dom0),
+		Runner:   s.runner, MaxCleartext: s.config.MaxCleartext, Layout: s.layout, KeepFree: s.state.keepFree(s.dom0),
 		Timeouts: agent.Timeouts{
 			Precheck: time.Duration(s.config.PrecheckTimeout), Apply: time.Duration(s.config.ApplyTimeout),
 			Grace: time.Duration(s.config.GraceTimeout),

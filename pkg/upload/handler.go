@@ -74,6 +74,8 @@ type Options struct {
 	// Linger is how long a body that is no longer wanted is read, so that the
 	// client sees the answer before the connection closes; 0: 2 s.
 	Linger time.Duration
+	// Layout is who lays out the images of patches.
+	Layout vdi.LayoutKind
 	// Render gives a record as the API shows it. Nil: as it is stored, without
 	// what is our own.
 	Render func(class string, ref xapi.Ref) (json.RawMessage, error)

@@ -77,7 +77,7 @@ func (u *patchUpload) run(ctx context.Context) (xapi.Ref, error) {
 		VirtualSize: size,
 		VDI:         beingUploaded(),
 		Fill: func(ctx context.Context, f *os.File, path string) error {
-			w, err := vdi.NewWriter(ctx, f, size, length, vdi.Options{})
+			w, err := vdi.NewWriter(ctx, f, size, length, vdi.Options{Layout: u.h.Layout, Dom0: u.h.Dom0})
 			if err != nil {
 				return err
 			}

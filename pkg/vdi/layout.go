@@ -96,7 +96,7 @@ func CheckLayout(kind LayoutKind, d dom0.Dom0) error {
 // ParseLayout reads the name of a layout writer: auto, go or mke2fs.
 func ParseLayout(name string) (LayoutKind, error) {
 	switch kind := LayoutKind(name); kind {
-	case "auto":
+	case "auto", LayoutAuto:
 		return LayoutAuto, nil
 	case LayoutGo, LayoutMke2fs:
 		return kind, nil
