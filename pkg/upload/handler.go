@@ -74,6 +74,15 @@ type Options struct {
 	// Linger is how long a body that is no longer wanted is read, so that the
 	// client sees the answer before the connection closes; 0: 2 s.
 	Linger time.Duration
+	// Drafts keeps the resumable uploads, and UploadsDir their logs; without
+	// Drafts there are none. Start and Close belong to them.
+	Drafts     Drafts
+	UploadsDir string
+	// UploadExpiry is how long an unfinished upload waits for its client; 0:
+	// DefaultUploadExpiry.
+	UploadExpiry time.Duration
+	// Now is the clock of their expiry; nil: the system's.
+	Now func() time.Time
 	// Layout is who lays out the images of patches.
 	Layout vdi.LayoutKind
 	// Render gives a record as the API shows it. Nil: as it is stored, without
@@ -89,9 +98,10 @@ const maxStreams = 128
 // maxTexts is the same for clear-signed patches: each is in memory as a whole.
 const maxTexts = 2
 
-// Handler serves the four paths.
+// Handler serves the paths of this package.
 type Handler struct {
 	Options
+	keeper
 	streams chan struct{} // one element for each body that is read
 	texts   chan struct{} // one for each that is clear-signed, which takes memory
 }
@@ -104,7 +114,13 @@ func New(o Options) *Handler {
 	if o.Linger <= 0 {
 		o.Linger = 2 * time.Second
 	}
-	return &Handler{Options: o, streams: make(chan struct{}, maxStreams), texts: make(chan struct{}, maxTexts)}
+	if o.UploadExpiry <= 0 {
+		o.UploadExpiry = DefaultUploadExpiry
+	}
+	if o.Now == nil {
+		o.Now = time.Now
+	}
+	return &Handler{Options: o, keeper: newKeeper(), streams: make(chan struct{}, maxStreams), texts: make(chan struct{}, maxTexts)}
 }
 
 // enter waits for a place among those that places has room for.
@@ -119,6 +135,9 @@ func enter(ctx context.Context, places chan struct{}) (leave func(), err error) 
 
 // Routes adds the paths to r, each with and without a slash at its end.
 func (h *Handler) Routes(r *mux.Router) {
+	if h.Drafts != nil {
+		h.tusRoutes(r)
+	}
 	for _, route := range []struct {
 		method, path string
 		serve        http.HandlerFunc
@@ -294,7 +313,7 @@ func (c *call) run(f task.Func) (string, error) {
 // audit writes the one line that every request which changes something leaves
 // in the log: who, from where, what, how it ended. It is as that of a call.
 func (c *call) audit(err error) {
-	if c.r.Method == http.MethodGet {
+	if c.r.Method == http.MethodGet || c.r.Method == http.MethodHead {
 		return
 	}
 	outcome := "Success"

@@ -148,6 +148,10 @@ func newEnv(t *testing.T, change ...func(*Options)) *env {
 func (e *env) serve(o Options) {
 	router := mux.NewRouter()
 	New(o).Routes(router)
+	e.start(router)
+}
+
+func (e *env) start(router http.Handler) {
 	e.server = httptest.NewServer(router)
 	e.t.Cleanup(e.server.Close)
 }
