@@ -77,11 +77,14 @@ func (g *global) listSRs(ctx context.Context, c *client) error {
 func newSRCreate(g *global) *cobra.Command {
 	var name, typ, description, host string
 	var device []string
+	var shared bool
 	cmd := &cobra.Command{
 		Use: "create", Short: "make an SR and plug it", Args: cobra.NoArgs,
 		Example: "  patchd sr create --name patches --device-config location=/srv/patches\n" +
 			"  patchd sr create --name fast --type xfs --device-config device=/dev/disk/by-id/…\n" +
-			"  patchd sr create --name fast --type xfs --device-config device=/srv/patches.img,size=100GiB",
+			"  patchd sr create --name fast --type xfs --device-config device=/srv/patches.img,size=100GiB\n" +
+			"  patchd sr create --name thin --type lvm --device-config device=/dev/disk/by-id/…\n" +
+			"  patchd sr create --name shared --type nfs --shared --device-config server=nas.example.com,serverpath=/srv/patches",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if name == "" {
 				return usagef("--name is needed")
@@ -99,7 +102,7 @@ func newSRCreate(g *global) *cobra.Command {
 				if err != nil {
 					return err
 				}
-				ref, err := c.async(ctx, "create", "SR.create", hostRef, config, "0", name, description, typ, "user", false, map[string]string{})
+				ref, err := c.async(ctx, "create", "SR.create", hostRef, config, "0", name, description, typ, "user", shared, map[string]string{})
 				if err != nil {
 					return fmt.Errorf("create SR %s: %w", name, explain(ctx, c, err))
 				}
@@ -116,9 +119,10 @@ func newSRCreate(g *global) *cobra.Command {
 	f.StringVar(&typ, "type", "file", "kind of storage")
 	f.StringVar(&description, "description", "", "description")
 	f.StringVar(&host, "host", "", "host it is on; not needed where there is one")
-	f.StringSliceVar(&device, "device-config", nil, "key=value of the driver; for file: location=FOLDER, for ext, xfs and btrfs: device=PATH")
+	f.StringSliceVar(&device, "device-config", nil, "key=value of the driver; for file: location=FOLDER, for ext, xfs, btrfs and lvm: device=PATH, for nfs: server=HOST,serverpath=PATH")
+	f.BoolVar(&shared, "shared", false, "other hosts may plug it too (file, nfs)")
 	g.completeFlag(cmd, "host", "host")
-	completeWords(cmd, "type", "file", "ext", "xfs", "btrfs")
+	completeWords(cmd, "type", "file", "ext", "xfs", "btrfs", "nfs", "lvm")
 	return cmd
 }
 

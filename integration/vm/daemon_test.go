@@ -42,7 +42,7 @@ func TestDaemonOnLVM(t *testing.T) {
 
 func TestDaemonOnNFS(t *testing.T) {
 	dir := exported(t, 600<<20, "no_root_squash", xfs...)
-	wholeLife(t, "nfs", true, map[string]string{"server": server, "serverpath": dir, "options": "timeo=20,retrans=1"})
+	wholeLife(t, "nfs", true, map[string]string{"server": server, "serverpath": dir, "options": patient})
 }
 
 func wholeLife(t *testing.T, kind string, shared bool, config map[string]string) {
@@ -100,7 +100,7 @@ func TestDaemonOverASilentServer(t *testing.T) {
 			dir := exported(t, 600<<20, "no_root_squash", xfs...)
 			h := host(t)
 			s := h.Root()
-			ref := newSR(s, "nfs", label, true, map[string]string{"server": server, "serverpath": dir, "options": "timeo=20,retrans=1"})
+			ref := newSR(s, "nfs", label, true, map[string]string{"server": server, "serverpath": dir, "options": hasty})
 			p, mark := marks(t)
 			patch := s.MustUpload(p)
 			for _, line := range gone.away {

@@ -62,12 +62,19 @@ func exported(t *testing.T, size int64, options string, mkfs ...string) string {
 	return dir
 }
 
+// The time-outs of the mounts: one that is passed in no test but those about a
+// silent server, where it is to be short.
+const (
+	patient = "timeo=150,retrans=2"
+	hasty   = "timeo=20,retrans=1"
+)
+
 // nfsSR is an SR, not made yet, on an export.
-func nfsSR(t *testing.T, path string) (sr.Driver, sr.Config) {
+func nfsSR(t *testing.T, path, options string) (sr.Driver, sr.Config) {
 	t.Helper()
 	return &nfs.Driver{}, sr.Config{
 		SR: xapi.NewUUID(), Dom0: system(t), MountDir: t.TempDir(), Name: func() string { return "the shared one" },
-		Device: map[string]string{"server": server, "serverpath": path, "options": "timeo=20,retrans=1"},
+		Device: map[string]string{"server": server, "serverpath": path, "options": options},
 	}
 }
 
@@ -87,13 +94,13 @@ func TestNFS(t *testing.T) {
 			dir := exported(t, 1<<30, "no_root_squash", fs.mkfs...)
 			srtest.Run(t, srtest.Suite{
 				Quick: !fs.clones,
-				New:   func(t *testing.T) (sr.Driver, sr.Config) { return nfsSR(t, dir) },
+				New:   func(t *testing.T) (sr.Driver, sr.Config) { return nfsSR(t, dir, patient) },
 				Small: func(t *testing.T) (sr.Driver, sr.Config) {
-					return nfsSR(t, exported(t, 40<<20, "no_root_squash", ext4...))
+					return nfsSR(t, exported(t, 40<<20, "no_root_squash", ext4...), patient)
 				},
 				Hostile: []map[string]string{{"server": server}, {"server": "a,b", "serverpath": "/x"}, {"server": server, "serverpath": "x"}},
 			})
-			d, c := nfsSR(t, dir)
+			d, c := nfsSR(t, dir, patient)
 			must(t, d.Create(t.Context(), c))
 			r, err := d.Attach(t.Context(), c)
 			must(t, err)
@@ -117,7 +124,7 @@ func TestNFSRefusals(t *testing.T) {
 		"no such export":    {server, "/no/such/export", "exports no such path"},
 		"no such host name": {"no-such-host.invalid", squashed, "cannot be reached"},
 	} {
-		d, conf := nfsSR(t, c.path)
+		d, conf := nfsSR(t, c.path, patient)
 		conf.Device["server"] = c.server
 		err := d.Create(t.Context(), conf)
 		if !xapi.Is(err, xapi.SRBackendFailure) || !strings.Contains(err.Error(), c.want) || !strings.Contains(err.Error(), string(conf.SR)) {
@@ -145,7 +152,7 @@ var silences = []silence{
 func TestNFSServerIsSilent(t *testing.T) {
 	for _, s := range silences {
 		t.Run(s.name, func(t *testing.T) {
-			d, c := nfsSR(t, exported(t, 400<<20, "no_root_squash", xfs...))
+			d, c := nfsSR(t, exported(t, 400<<20, "no_root_squash", xfs...), hasty)
 			must(t, d.Create(t.Context(), c))
 			r, err := d.Attach(t.Context(), c)
 			must(t, err)
@@ -197,6 +204,7 @@ func TestNFSServerIsSilent(t *testing.T) {
 
 			back()
 			eventually(t, "the SR working again", func() error { _, err := r.Scan(t.Context()); return err })
+			open.Close() // what could not be written is told once more
 			must(t, r.Destroy(t.Context(), n))
 			must(t, r.Detach(t.Context()))
 			must(t, d.Destroy(t.Context(), c))
@@ -206,7 +214,7 @@ func TestNFSServerIsSilent(t *testing.T) {
 
 // TestNFSDetachOfASilentServer ends in time and leaves no mount.
 func TestNFSDetachOfASilentServer(t *testing.T) {
-	d, c := nfsSR(t, exported(t, 400<<20, "no_root_squash", xfs...))
+	d, c := nfsSR(t, exported(t, 400<<20, "no_root_squash", xfs...), hasty)
 	must(t, d.Create(t.Context(), c))
 	r, err := d.Attach(t.Context(), c)
 	must(t, err)
