@@ -12,6 +12,7 @@ import (
 
 	"github.com/BurntSushi/toml"
 
+	"github.com/patchd/patchd/pkg/upload"
 	"github.com/patchd/patchd/pkg/vdi"
 )
 
@@ -37,6 +38,7 @@ type Config struct {
 	ApplyTimeout     Duration `toml:"apply-timeout" help:"how long a patch's apply may take"`
 	GraceTimeout     Duration `toml:"grace-timeout" help:"time between TERM and KILL when a patch is ended"`
 	StallTimeout     Duration `toml:"stall-timeout" help:"how long an upload may stay silent"`
+	UploadExpiry     Duration `toml:"upload-expiry" help:"how long an unfinished resumable upload waits for its client"`
 	BadPasswordDelay Duration `toml:"bad-password-delay" help:"how long a login with a wrong password waits for its answer"`
 
 	ScrubInterval Duration `toml:"scrub-interval" help:"how long a checked disk image is not looked at again; 0: images are not checked in the background"`
@@ -79,6 +81,7 @@ func DefaultConfig() Config {
 		StateDir: "/var/lib/patchd", Listen: "127.0.0.1:8080", TLSListen: ":8443", PatchDir: "/var/patch",
 		PrecheckTimeout: Duration(10 * time.Minute), ApplyTimeout: Duration(6 * time.Hour),
 		GraceTimeout: Duration(10 * time.Second), StallTimeout: Duration(5 * time.Minute),
+		UploadExpiry:     Duration(upload.DefaultUploadExpiry),
 		BadPasswordDelay: Duration(5 * time.Second), MaxCleartext: 64 << 20,
 		ScrubInterval: Duration(7 * 24 * time.Hour), ScrubRate: 32 << 20,
 		ImageLayout: "auto",

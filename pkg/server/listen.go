@@ -16,6 +16,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/patchd/patchd/pkg/session"
+	"github.com/patchd/patchd/pkg/upload"
 )
 
 // Limits of every listener. There is no time-out on a whole request: an upload
@@ -160,7 +161,10 @@ func peerIsRoot(c net.Conn) bool {
 func (l *listeners) serve(ln net.Listener, connContext func(context.Context, net.Conn) context.Context) {
 	s := &http.Server{
 		Handler: l, ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeader,
-		ConnContext: connContext, ErrorLog: quiet(l.log),
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			return upload.WithConn(connContext(ctx, c), raw(c))
+		},
+		ErrorLog:     quiet(l.log),
 		TLSNextProto: map[string]func(*http.Server, *tls.Conn, http.Handler){},
 	}
 	l.servers = append(l.servers, s)
@@ -171,6 +175,14 @@ func (l *listeners) serve(ln net.Listener, connContext func(context.Context, net
 			l.log.WithError(err).WithField("address", ln.Addr()).Error("a listener ended")
 		}
 	}()
+}
+
+// raw is the connection under what the server was given.
+func raw(c net.Conn) net.Conn {
+	if cc := inCrowd(c); cc != nil {
+		return cc.Conn
+	}
+	return c
 }
 
 // close stops to listen, lets calls end for as long as grace, and closes what

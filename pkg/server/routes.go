@@ -1,6 +1,7 @@
 package server
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	stdlog "log"
@@ -20,7 +21,7 @@ import (
 )
 
 // routes binds the wire to the services.
-func (s *Server) routes() (http.Handler, error) {
+func (s *Server) routes(ctx context.Context) (http.Handler, error) {
 	model := xenapi.NewModel()
 	api, err := xenapi.New(xenapi.Options{
 		Store: s.store, Pool: s.pool, Tasks: s.tasks, Sessions: s.sessions,
@@ -33,13 +34,18 @@ func (s *Server) routes() (http.Handler, error) {
 	r.HandleFunc("/healthz", healthz).Methods(http.MethodGet, http.MethodHead)
 	s.cli = thincli.New(thincli.Over(api), thincli.Options{Log: s.log, Local: thincli.TrustedRequest})
 	r.Handle("/cli", s.cli).Methods(http.MethodPost)
-	upload.New(upload.Options{
+	s.uploads = upload.New(upload.Options{
 		Pool: s.pool, Store: s.store, Tasks: s.tasks, Sessions: s.sessions, Dom0: s.dom0, Log: s.log,
 		Keys:     func() (*patch.Keyring, error) { return patch.LoadKeyring(s.keysDir()) },
 		Check:    patch.Options{Pinned: s.config.PinnedSHA256, Limits: patch.Limits{Cleartext: s.config.MaxCleartext}},
 		Attested: s.attested(),
 		Stall:    time.Duration(s.config.StallTimeout), Render: s.render(api.Model()), Layout: s.layout,
-	}).Routes(r)
+		Drafts: s.pool, UploadsDir: s.state.path("uploads"), UploadExpiry: time.Duration(s.config.UploadExpiry),
+	})
+	if err := s.uploads.Start(ctx); err != nil {
+		return nil, fmt.Errorf("take up unfinished uploads: %w", err)
+	}
+	s.uploads.Routes(r)
 	api.Routes(r)
 	return r, nil
 }

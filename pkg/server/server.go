@@ -24,6 +24,7 @@ import (
 	"github.com/patchd/patchd/pkg/sr/all"
 	"github.com/patchd/patchd/pkg/store"
 	"github.com/patchd/patchd/pkg/task"
+	"github.com/patchd/patchd/pkg/upload"
 	"github.com/patchd/patchd/pkg/vdi"
 	"github.com/patchd/patchd/pkg/xapi"
 	"github.com/patchd/patchd/pkg/xenapi/thincli"
@@ -45,6 +46,7 @@ type Server struct {
 	agent    *agent.Agent
 	ways     *listeners
 	cli      *thincli.Handler
+	uploads  *upload.Handler
 
 	version string
 	runner  []string
@@ -190,7 +192,7 @@ func (s *Server) openPool(ctx context.Context, hostname string) error {
 
 // ownDirs are the folders in which nothing but patchd puts anything.
 func (s *Server) ownDirs() []string {
-	return []string{s.state.path("jobs"), s.state.path("db"), s.keysDir(), s.config.PatchDir}
+	return []string{s.state.path("jobs"), s.state.path("db"), s.state.path("uploads"), s.state.path("mnt"), s.keysDir(), s.config.PatchDir}
 }
 
 func (s *Server) keysDir() string { return s.state.path("trusted-keys") }
@@ -239,10 +241,11 @@ func (s *Server) Run(ctx context.Context, ready func()) error {
 	if err := s.repair(ctx); err != nil {
 		return fmt.Errorf("repair at start: %w", err)
 	}
-	handler, err := s.routes()
+	handler, err := s.routes(ctx)
 	if err != nil {
 		return err
 	}
+	defer s.uploads.Close()
 	s.ways.setHandler(handler)
 	boundMemory()
 	if ready != nil {
@@ -253,6 +256,7 @@ func (s *Server) Run(ctx context.Context, ready func()) error {
 	wg.Go(func() { s.housekeeping(ctx) })
 	wg.Go(func() { s.sweeping(ctx) })
 	wg.Go(func() { s.scrubbing(ctx) })
+	wg.Go(func() { s.replugging(ctx) })
 	wg.Go(func() {
 		select {
 		case <-s.leader.Done():
@@ -263,6 +267,7 @@ func (s *Server) Run(ctx context.Context, ready func()) error {
 	<-ctx.Done()
 	s.tasks.Stop()
 	s.cli.Close()
+	s.uploads.Close()
 	s.ways.close(stopGrace)
 	wg.Wait()
 	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
@@ -289,7 +294,12 @@ func (s *Server) repair(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := s.tasks.Repair(ctx, func(ref xapi.Ref) bool { return owned[ref] || s.pool.OwnsTask(ref) }); err != nil {
+	drafts, err := s.pool.Drafts()
+	if err != nil {
+		return err
+	}
+	uploads := upload.DraftTasks(drafts)
+	if err := s.tasks.Repair(ctx, func(ref xapi.Ref) bool { return owned[ref] || uploads[ref] || s.pool.OwnsTask(ref) }); err != nil {
 		return err
 	}
 	if err := s.agent.ResyncStamps(ctx); err != nil {

@@ -2,7 +2,6 @@ package upload
 
 import (
 	"context"
-	"crypto/tls"
 	"net"
 	"syscall"
 	"time"
@@ -12,7 +11,8 @@ import (
 
 type connKey struct{}
 
-// WithConn lets the handlers of a connection's requests reach the connection.
+// WithConn lets the handlers of a connection's requests reach the connection,
+// under TLS.
 func WithConn(ctx context.Context, c net.Conn) context.Context {
 	return context.WithValue(ctx, connKey{}, c)
 }
@@ -27,9 +27,6 @@ const (
 // this process dies, that is lost. A client far away needs the large window.
 func narrow(ctx context.Context) {
 	c, _ := ctx.Value(connKey{}).(net.Conn)
-	if t, ok := c.(*tls.Conn); ok {
-		c = t.NetConn()
-	}
 	s, ok := c.(syscall.Conn)
 	if !ok {
 		return

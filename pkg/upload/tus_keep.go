@@ -111,8 +111,8 @@ func (h *Handler) logPath(id xapi.UUID) string { return filepath.Join(h.UploadsD
 
 // Start takes up the uploads that an earlier process has left, removes what
 // belongs to none, and looks after all of them until Close. It is to be called
-// once, before the first request, and before task.Manager.Repair, unless that is
-// told of DraftTasks. Without Options.Drafts it does nothing.
+// once, before the first request. task.Manager.Repair is to be told of
+// DraftTasks. Without Options.Drafts it does nothing.
 func (h *Handler) Start(ctx context.Context) error {
 	if h.Drafts == nil {
 		return nil
@@ -135,7 +135,7 @@ func (h *Handler) Start(ctx context.Context) error {
 		}
 		if err != nil {
 			h.Log.WithError(err).WithField("draft", d.ID).Warn("an upload cannot go on after the restart and is removed")
-			h.drop(ctx, d.ID)
+			h.drop(ctx, d.ID, p.Task, err)
 		}
 	}
 	if err := h.removeOrphans(); err != nil {
@@ -194,14 +194,18 @@ func (h *Handler) newResumable(p plan, draft xapi.UUID, t *task.Handle) *resumab
 	}
 }
 
-// drop removes a draft that nobody can go on with. Its task is ended by Repair.
-func (h *Handler) drop(ctx context.Context, id xapi.UUID) {
+// drop removes a draft that nobody can go on with, and ends its task.
+func (h *Handler) drop(ctx context.Context, id xapi.UUID, ref xapi.Ref, cause error) {
 	d, err := h.Drafts.OpenDraft(ctx, id)
 	if err == nil {
 		err = d.Discard(ctx)
 	}
 	if err != nil {
 		h.Log.WithError(err).WithField("draft", id).Warn("the draft of an upload is not removed yet; the sweeper does it")
+	}
+	cause = xapi.NewError(xapi.InternalError, "the upload could not go on after a restart of patchd").Because(cause)
+	if err := h.Tasks.Complete(ctx, ref, "", cause); err != nil {
+		h.Log.WithError(err).WithField("task_ref", ref).Debug("the task of an upload has ended before")
 	}
 }
 
