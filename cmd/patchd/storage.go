@@ -151,7 +151,7 @@ func newVDI(g *global) *cobra.Command {
 			RunE: func(cmd *cobra.Command, _ []string) error { return g.with(cmd.Context(), g.listVDIs) },
 		},
 		newVDIShow(g),
-		newVDICopy(g),
+		newVDICopy(g), newVDIExport(g), newVDIImport(g),
 		newVDIVerify(g),
 		newVDIRepair(g),
 		objectCommand(g, "VDI", "clone VDI", "clone a disk image inside its SR", func(ctx context.Context, c *client, ref string, _ record) error {
