@@ -91,7 +91,7 @@ func (p *Pool) measure(ctx context.Context, s source) (size, taken int64, err er
 	if size, err = f.Seek(0, 2); err != nil {
 		return 0, 0, fmt.Errorf("measure VDI %s: %w", s.rec.UUID, err)
 	}
-	taken, err = allocated(f)
+	taken, err = sr.Taken(ctx, s.repo, sr.Live(s.rec.UUID), f)
 	return size, taken, err
 }
 

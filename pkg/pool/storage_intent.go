@@ -117,7 +117,7 @@ func volumeSize(ctx context.Context, repo sr.Repository, n sr.Name) (int64, erro
 		return 0, err
 	}
 	defer f.Close()
-	return allocated(f)
+	return sr.Taken(ctx, repo, n, f)
 }
 
 // undoVolumes destroys what an intent may have made or was to destroy, and

@@ -227,7 +227,7 @@ func (p *Pool) VDIUpdate(ctx context.Context, ref xapi.Ref) error {
 		return err
 	}
 	defer f.Close()
-	used, err := allocated(f)
+	used, err := sr.Taken(ctx, repo, sr.Live(rec.UUID), f)
 	if err != nil {
 		return err
 	}

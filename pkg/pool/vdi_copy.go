@@ -160,7 +160,7 @@ func (p *Pool) copyInto(ctx context.Context, s source, dst, into xapi.Ref) error
 	if err != nil {
 		return p.inSR(rec.SR, damaged(s.ref, err))
 	}
-	used, err := allocated(to)
+	used, err := sr.Taken(ctx, repo, sr.Live(rec.UUID), to)
 	if err != nil {
 		return err
 	}

@@ -2,13 +2,11 @@ package pool
 
 import (
 	"context"
-	"fmt"
 	"os"
 	"sync"
 
 	"github.com/patchd/patchd/pkg/sr"
 	"github.com/patchd/patchd/pkg/store"
-	"github.com/patchd/patchd/pkg/vdi"
 	"github.com/patchd/patchd/pkg/xapi"
 )
 
@@ -68,14 +66,6 @@ func (p *Pool) openLive(ctx context.Context, repo sr.Repository, ref xapi.Ref, r
 		return nil, xapi.NewError(xapi.VDIMissing, string(rec.SR), string(ref)).Because(err)
 	}
 	return f, err
-}
-
-func allocated(f *os.File) (int64, error) {
-	n, err := vdi.Allocated(f)
-	if err != nil {
-		return 0, fmt.Errorf("measure %s: %w", f.Name(), err)
-	}
-	return n, nil
 }
 
 // VDIForExport is VDIFile for reading, of a VDI named by ref or uuid. Codes:

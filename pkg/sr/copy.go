@@ -50,7 +50,11 @@ func CopyVerified(ctx context.Context, dst Repository, dstName Name, src Reposit
 		return err
 	}
 	defer from.Close()
-	if err := c.make(ctx, from); err != nil {
+	need, err := Taken(ctx, src, srcName, from)
+	if err != nil {
+		return err
+	}
+	if err := c.make(ctx, from, need); err != nil {
 		return err
 	}
 	return undo.Close(ctx, c.into(ctx, from))
@@ -91,8 +95,9 @@ func (c copying) clone(ctx context.Context, srcName Name) (made bool, err error)
 	return !there, nil
 }
 
-// make makes the volume for the bytes of from, unless it is there to be resumed.
-func (c copying) make(ctx context.Context, from *os.File) error {
+// make makes the volume for the bytes of from, which takes need, unless it is
+// there to be resumed.
+func (c copying) make(ctx context.Context, from *os.File, need int64) error {
 	size, err := length(from)
 	if err != nil {
 		return err
@@ -100,19 +105,17 @@ func (c copying) make(ctx context.Context, from *os.File) error {
 	if c.m != nil {
 		size = c.m.Size // a volume that was rounded up is not what is copied
 	}
-	have := int64(0)
 	if c.resume {
 		f, err := c.repo.Open(ctx, c.name, ReadOnly)
 		if err == nil {
-			have, err = vdi.Allocated(f)
-			err = errors.Join(err, f.Close(), enoughRoom(ctx, c.repo, from, have))
-			return err
+			have, err := Taken(ctx, c.repo, c.name, f)
+			return errors.Join(err, f.Close(), enoughRoom(ctx, c.repo, need-have))
 		}
 		if !xapi.Is(err, xapi.VDINotAvailable) {
 			return err
 		}
 	}
-	if err := enoughRoom(ctx, c.repo, from, have); err != nil {
+	if err := enoughRoom(ctx, c.repo, need); err != nil {
 		return err
 	}
 	_, err = c.repo.Create(ctx, c.name, size)
@@ -172,14 +175,8 @@ func watchRoom(ctx context.Context, stop context.CancelCauseFunc, dst Repository
 	}
 }
 
-// enoughRoom refuses a copy of from when dst has no room for what it takes, less
-// what the copy has already.
-func enoughRoom(ctx context.Context, dst Repository, from *os.File, have int64) error {
-	need, err := vdi.Allocated(from)
-	if err != nil {
-		return fmt.Errorf("measure source of copy: %w", err)
-	}
-	need -= have
+// enoughRoom refuses a copy that takes need bytes when dst has not as many.
+func enoughRoom(ctx context.Context, dst Repository, need int64) error {
 	s, err := dst.Stat(ctx)
 	if err != nil {
 		return err
