@@ -1,7 +1,6 @@
 package sr_test
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"strings"
@@ -89,43 +88,6 @@ func TestCheckConfig(t *testing.T) {
 	must(t, sr.CheckConfig(info, map[string]string{"need": "ü"}))
 }
 
-// A driver that lies about VDI_CLONE does not pass the suite.
-type liar struct {
-	sr.Repository
-	features []sr.Feature
-}
-
-func (l liar) Features() []sr.Feature { return l.features }
-
-type cloner struct{ sr.Repository }
-
-func (c cloner) Features() []sr.Feature { return nil }
-
-type wrongClone struct{ sr.Repository }
-
-func (w wrongClone) Clone(ctx context.Context, src, dst sr.Name) (sr.Volume, error) {
-	return w.Repository.Create(ctx, dst, 2<<20)
-}
-
-func TestTheSuiteFindsLies(t *testing.T) {
-	clones, copies := attached(t, &memory.Driver{Clones: true}), attached(t, &memory.Driver{})
-	for name, test := range map[string]struct {
-		repo sr.Repository
-		want string
-	}{
-		"claims but cannot":    {liar{copies, []sr.Feature{sr.VDIClone}}, "claims VDI_CLONE but cannot"},
-		"can but hides":        {cloner{clones}, "does not claim"},
-		"clones without bytes": {wrongClone{clones}, "the clone is wrong"},
-		"honest and clones":    {clones, ""},
-		"honest and does not":  {copies, ""},
-	} {
-		err := srtest.CheckCloneClaim(t.Context(), test.repo)
-		if test.want == "" && err != nil || test.want != "" && (err == nil || !strings.Contains(err.Error(), test.want)) {
-			t.Errorf("%s: %v, want %q", name, err, test.want)
-		}
-	}
-}
-
 // fail makes the nth point fail.
 func fail(n int) (point func(string) error, fired *bool) {
 	fired = new(bool)
@@ -188,7 +150,7 @@ func TestCopyIsRefusedWithoutRoom(t *testing.T) {
 
 // A decorated driver passes the whole suite, and its points are passed in pairs.
 func TestFaultyIsTransparent(t *testing.T) {
-	srtest.Run(t, srtest.Suite{New: func(*testing.T) (sr.Driver, sr.Config) {
+	srtest.Run(t, srtest.Suite{Double: true, New: func(*testing.T) (sr.Driver, sr.Config) {
 		return sr.FaultyDriver(&memory.Driver{Clones: true}), sr.Config{SR: xapi.NewUUID(), Device: map[string]string{"tag": "t"}}
 	}})
 	var seen []string

@@ -13,6 +13,7 @@ func TestConformance(t *testing.T) {
 	for name, clones := range map[string]bool{"copies": false, "clones": true} {
 		t.Run(name, func(t *testing.T) {
 			srtest.Run(t, srtest.Suite{
+				Double: true,
 				New: func(*testing.T) (sr.Driver, sr.Config) {
 					return &memory.Driver{Clones: clones}, config()
 				},

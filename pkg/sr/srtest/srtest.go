@@ -38,6 +38,9 @@ type Suite struct {
 	// Quick leaves out the random sequences: for the second storage below one
 	// driver that differs in nothing they look at.
 	Quick bool
+	// Double says that the driver only plays one that clones: its clones take
+	// the room of copies.
+	Double bool
 	// Volatile says that a volume's bytes need not survive being detached.
 	Volatile bool
 }
@@ -52,7 +55,7 @@ func Run(t *testing.T, s Suite) {
 		{"Reattach", s.Reattach}, {"AfterDetach", s.AfterDetach},
 		{"LifeCycle", s.LifeCycle}, {"Create", s.Create}, {"HostileNames", s.HostileNames}, {"Absent", s.Absent},
 		{"Open", s.Open}, {"Descriptors", s.Descriptors}, {"Rename", s.Rename}, {"Destroy", s.Destroy}, {"Resize", s.Resize},
-		{"CloneClaim", s.CloneClaim}, {"CloneIsolation", s.CloneIsolation}, {"Copy", s.Copy},
+		{"Claims", s.Claims}, {"CloneRoom", s.CloneRoom}, {"Maps", s.Maps}, {"CloneIsolation", s.CloneIsolation}, {"Copy", s.Copy},
 		{"Cancelled", s.Cancelled}, {"Races", s.Races}, {"KeepFree", s.KeepFree}, {"Full", s.Full}, {"Model", s.Model},
 	} {
 		t.Run(test.name, test.run)

@@ -9,7 +9,6 @@ import (
 	"sync"
 	"testing"
 
-	"golang.org/x/sys/unix"
 	"pgregory.net/rapid"
 
 	"github.com/patchd/patchd/pkg/sr"
@@ -184,70 +183,6 @@ func (s Suite) Resize(t *testing.T) {
 		wantCode(t, fmt.Sprintf("resize to %d", size), r.Resize(ctx, n, size), xapi.InvalidValue)
 	}
 	must(t, holds(ctx, r, n, 4*mib, make([]byte, 3*mib)))
-}
-
-// CloneClaim: VDI_CLONE is offered when and only when it works.
-func (s Suite) CloneClaim(t *testing.T) {
-	if err := CheckCloneClaim(t.Context(), s.attached(t)); err != nil {
-		t.Error(err)
-	}
-}
-
-// CheckCloneClaim tells whether r is honest about VDI_CLONE.
-func CheckCloneClaim(ctx context.Context, r sr.Repository) error {
-	src, dst := live(), work()
-	if _, err := r.Create(ctx, src, 2*mib); err != nil {
-		return err
-	}
-	defer r.Destroy(ctx, src)
-	defer r.Destroy(ctx, dst)
-	data := pattern(5, mib)
-	if err := put(ctx, r, src, data, mib); err != nil {
-		return err
-	}
-	_, err := r.Clone(ctx, src, dst)
-	if sr.Has(r.Features(), sr.VDIClone) {
-		if err != nil {
-			return fmt.Errorf("claims VDI_CLONE but cannot clone: %w", err)
-		}
-		if err := holds(ctx, r, dst, 2*mib, data); err != nil {
-			return fmt.Errorf("claims VDI_CLONE but the clone is wrong: %w", err)
-		}
-		return nil
-	}
-	if err == nil {
-		return errors.New("can clone but does not claim VDI_CLONE")
-	}
-	if !xapi.Is(err, xapi.SROperationNotSupported) {
-		return fmt.Errorf("clone without VDI_CLONE: %w, want %s", err, xapi.SROperationNotSupported)
-	}
-	if _, err := r.Open(ctx, dst, sr.ReadOnly); !xapi.Is(err, xapi.VDINotAvailable) {
-		return fmt.Errorf("a refused clone left a volume: %w", err)
-	}
-	return couldReflink(ctx, r, src)
-}
-
-// couldReflink complains when the storage below reflinks what the driver says cannot be cloned.
-func couldReflink(ctx context.Context, r sr.Repository, src sr.Name) error {
-	dst := part()
-	if _, err := r.Create(ctx, dst, 2*mib); err != nil {
-		return err
-	}
-	defer r.Destroy(ctx, dst)
-	from, err := r.Open(ctx, src, sr.ReadOnly)
-	if err != nil {
-		return err
-	}
-	defer from.Close()
-	to, err := r.Open(ctx, dst, sr.ReadWrite)
-	if err != nil {
-		return err
-	}
-	defer to.Close()
-	if unix.IoctlFileClone(int(to.Fd()), int(from.Fd())) == nil {
-		return errors.New("hides VDI_CLONE: two of its volumes can share blocks")
-	}
-	return nil
 }
 
 // CloneIsolation: clones and source never see each other's writes (S1-14).
