@@ -195,8 +195,10 @@ func (v *ext4View) lookup(name string) (int64, error) {
 	}
 	le := binary.LittleEndian
 	b := make([]byte, blockSize)
+	left := blocksFor(size)
 	for _, r := range runs {
-		for i := range r.count {
+		for i := range min(r.count, left) {
+			left--
 			if _, err := v.r.ReadAt(b, (r.start+i)*blockSize); err != nil {
 				return 0, fmt.Errorf("read root directory: %w", err)
 			}

@@ -47,10 +47,18 @@ func (m *mapper) add(off int64, p []byte) {
 	}
 }
 
-// update adds to the block that is being hashed.
+// update adds to the block that is being hashed. Zeros at its beginning wait
+// until something else comes: mostly nothing does.
 func (m *mapper) update(p []byte, length int64) {
-	m.sum.Write(p)
-	m.zero = m.zero && isZero(p)
+	if m.zero && !isZero(p) {
+		m.zero = false
+		for n := m.at; n > 0; n -= min(n, blockSize) {
+			m.sum.Write(zeroBlock[:min(n, blockSize)])
+		}
+	}
+	if !m.zero {
+		m.sum.Write(p)
+	}
 	if m.at += int64(len(p)); m.at == length {
 		m.at = 0
 		m.complete(m.index, m.zero, func() (s [sha256.Size]byte) { m.sum.Sum(s[:0]); return s })
