@@ -20,7 +20,7 @@ func WithConn(ctx context.Context, c net.Conn) context.Context {
 const (
 	// nearby is the round trip up to which a small window is no bottleneck.
 	nearby       = 2 * time.Millisecond
-	nearbyWindow = 256 << 10 // bytes
+	nearbyWindow = 128 << 10 // bytes
 )
 
 // narrow keeps little in the kernel on its way from a client that is near: when

@@ -17,7 +17,8 @@ import (
 
 // An upload log says how the bytes that were received come to stand again after
 // a restart: those that are not payload lie in it, those that are lie in the
-// image. It is a row of batches, each with its length and CRC-32, so that one
+// image, and the last of them, which may not have got there yet, in a ring at the
+// beginning of the file. After the ring it is a row of batches, each with its length and CRC-32, so that one
 // that was half written is none; a batch is a row of entries, each a number
 // (kind in the lowest three bits) and, where the kind has them, bytes.
 const (
@@ -33,7 +34,10 @@ const (
 	maxBatch    = 4 * mib
 	// maxRun is how long an entry of bytes gets in memory.
 	maxRun = 64 << 10
-	// maxUploadLog is how large a log may grow. An upload that needs more
+	// ringSize is how many bytes of payload the ring holds: more than is on the
+	// way between a request and the image.
+	ringSize = 4 * mib
+	// maxUploadLog is how large a log may grow, without the ring. An upload that needs more
 	// begins again after a restart.
 	maxUploadLog = 64 * mib
 )
@@ -43,11 +47,11 @@ var errLogFull = errors.New("the log of the upload has grown too long")
 // uploadLog writes one log. One goroutine uses it.
 type uploadLog struct {
 	f    *os.File
-	end  int64 // bytes written
+	end  int64 // bytes written, after the ring
 	pend []byte
 	run  []byte // received, not payload, not in pend yet
 	pay  int64  // received, payload, not in pend yet
-	seen int64  // bytes received since the last write
+	at   int64  // of the payload: bytes received
 	err  error  // the log is of no use any more
 }
 
@@ -61,19 +65,43 @@ func (l *uploadLog) bytes(p []byte) {
 		l.close()
 	}
 	l.run = append(l.run, p...)
-	l.seen += int64(len(p))
 	if len(l.run) >= maxRun {
 		l.close()
 	}
 }
 
-// payload notes n bytes of payload.
+// payload notes n bytes of payload that are in the image or in the ring.
 func (l *uploadLog) payload(n int64) {
 	if len(l.run) > 0 {
 		l.close()
 	}
 	l.pay += n
-	l.seen += n
+	l.at += n
+}
+
+// keep notes bytes of payload and puts them into the ring.
+func (l *uploadLog) keep(p []byte) {
+	for at := l.at; len(p) > 0 && l.err == nil; {
+		n := min(int64(len(p)), ringSize-at%ringSize)
+		if _, err := l.f.WriteAt(p[:n], at%ringSize); err != nil {
+			l.spoil(fmt.Errorf("write the log of the upload: %w", err))
+			return
+		}
+		l.payload(n)
+		at, p = at+n, p[n:]
+	}
+}
+
+// ringReader reads bytes of payload from the ring of a log, from one on.
+type ringReader struct {
+	f  io.ReaderAt
+	at int64
+}
+
+func (r *ringReader) Read(p []byte) (int, error) {
+	n, err := r.f.ReadAt(p[:min(int64(len(p)), ringSize-r.at%ringSize)], r.at%ringSize)
+	r.at += int64(n)
+	return n, err
 }
 
 // close puts what was noted last into an entry.
@@ -130,12 +158,12 @@ func (l *uploadLog) batch() error {
 	binary.LittleEndian.PutUint32(b, uint32(len(l.pend)))
 	binary.LittleEndian.PutUint32(b[4:], crc32.ChecksumIEEE(l.pend))
 	b = append(b, l.pend...)
-	l.pend, l.seen = l.pend[:0], 0
+	l.pend = l.pend[:0]
 	if err := fault.Point("upload.log"); err != nil {
 		l.spoil(err)
 		return l.err
 	}
-	if _, err := l.f.WriteAt(b, l.end); err != nil {
+	if _, err := l.f.WriteAt(b, ringSize+l.end); err != nil {
 		l.spoil(fmt.Errorf("write the log of the upload: %w", err))
 		return l.err
 	}
@@ -165,7 +193,7 @@ type logReader struct {
 }
 
 func newLogReader(f io.ReaderAt) *logReader {
-	return &logReader{r: bufio.NewReaderSize(io.NewSectionReader(f, 0, maxUploadLog), 64<<10), batch: bytes.NewReader(nil)}
+	return &logReader{r: bufio.NewReaderSize(io.NewSectionReader(f, ringSize, maxUploadLog), 64<<10), batch: bytes.NewReader(nil)}
 }
 
 // next gives the next entry; io.EOF when no more can be trusted.

@@ -9,13 +9,13 @@ import (
 // resumePoint is how far an upload can be had again from log and image.
 type resumePoint struct {
 	offset  int64 // bytes received
-	payload int64 // bytes of payload among them that lie in the image; 0: the log holds all
+	payload int64 // bytes of payload among them that are not in the log
 	done    int64 // bytes of payload, whole blocks, that stand in the image
 	boot    string
 }
 
 // findResumePoint reads a log. What was written before another boot of the
-// system than boot counts as far as it was synced.
+// system than boot counts as far as it was synced, which the ring is not.
 func findResumePoint(log io.ReaderAt, boot string) (resumePoint, error) {
 	var p, synced resumePoint // done: as flushed, in bytes
 	r := newLogReader(log)
@@ -40,11 +40,12 @@ func findResumePoint(log io.ReaderAt, boot string) (resumePoint, error) {
 			p.boot = string(e.data)
 		}
 	}
+	ring := int64(ringSize)
 	if p.boot != boot {
-		p = synced
+		p, ring = synced, 0
 	}
 	p.done -= p.done % blockSize
-	if p.payload <= p.done || p.payload == 0 {
+	if p.payload-p.done <= ring {
 		return p, nil
 	}
 	return cutAtPayload(log, p)
@@ -77,6 +78,13 @@ func cutAtPayload(log io.ReaderAt, p resumePoint) (resumePoint, error) {
 
 // copyTo writes what counts of a log into a new one.
 func (p resumePoint) copyTo(l *uploadLog, log io.ReaderAt) error {
+	for at := p.done; at < p.payload; {
+		n := min(p.payload-at, ringSize-at%ringSize)
+		if _, err := io.Copy(io.NewOffsetWriter(l.f, at%ringSize), io.NewSectionReader(log, at%ringSize, n)); err != nil {
+			return fmt.Errorf("copy the log of the upload: %w", err)
+		}
+		at += n
+	}
 	r := newLogReader(log)
 	for at := int64(0); at < p.offset; {
 		e, err := r.next()
@@ -111,22 +119,20 @@ func (p resumePoint) copyTo(l *uploadLog, log io.ReaderAt) error {
 }
 
 // replay gives the bytes that were received again: those that are not payload
-// from the log, the others from the image.
+// from the log, the others from the image and, at last, from the ring.
 type replay struct {
 	log   *logReader
 	image io.Reader
 	left  int64 // bytes still to come
 	data  []byte
-	pay   int64 // bytes of the present entry that come from the image
+	pay   int64 // bytes of the present entry that are payload
 }
 
 // newReplay begins at the first byte. image reads the payload that stands in
 // the image.
 func newReplay(log io.ReaderAt, p resumePoint, image io.Reader) *replay {
-	if image != nil {
-		image = bufio.NewReaderSize(image, mib)
-	}
-	return &replay{log: newLogReader(log), image: image, left: p.offset}
+	stands := io.MultiReader(io.LimitReader(image, p.done), &ringReader{log, p.done})
+	return &replay{log: newLogReader(log), image: bufio.NewReaderSize(stands, mib), left: p.offset}
 }
 
 func (r *replay) Read(b []byte) (int, error) {

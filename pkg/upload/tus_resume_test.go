@@ -65,8 +65,8 @@ func TestTusRestarts(t *testing.T) {
 					e.restart()
 				}
 			}
-			if extra := sent - len(message); extra > 5*8192 {
-				t.Errorf("%d bytes were sent twice", extra)
+			if sent != len(message) {
+				t.Errorf("%d bytes were sent, for %d", sent, len(message))
 			}
 			if rec := e.task(ref); rec.Status != task.Success {
 				t.Errorf("task %v %v", rec.Status, rec.ErrorInfo)
@@ -98,7 +98,7 @@ func TestTusRestartWithAllBytesFinishesByItself(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l := &uploadLog{f: f, end: st.Size()}
+	l := &uploadLog{f: f, end: st.Size() - ringSize}
 	l.bytes(message[last:])
 	if err := errors.Join(l.write(0), f.Close()); err != nil {
 		t.Fatal(err)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/patchd/patchd/pkg/delta"
@@ -17,18 +18,15 @@ import (
 )
 
 const (
-	// writeLogEvery is how many bytes are received between two writes of the
-	// log: what a death of this process loses at most of it.
-	writeLogEvery = 256 << 10
 	// syncEvery is how many bytes are received between two syncs of image and
 	// log: what a death of the system loses.
 	syncEvery = 64 * mib
 	// settleAfter is how long the client sends nothing until what was received
 	// is synced.
 	settleAfter = 200 * time.Millisecond
-	// resumableBuffer is the size of the image writer's buffers, in bytes: what
-	// is in them is lost when this process dies.
-	resumableBuffer = 256 << 10
+	// resumableBuffer is the size of the image writer's buffers, in bytes. What
+	// is in all of them has to fit the ring of the log.
+	resumableBuffer = 512 << 10
 )
 
 // errParked is the cause with which a run is told to stop, to go on later.
@@ -248,7 +246,7 @@ func (r *run) goOn(point resumePoint, old io.ReaderAt) error {
 
 func (r *run) resumeReader() io.Reader {
 	if r.writer == nil {
-		return nil
+		return strings.NewReader("")
 	}
 	return r.writer.Resume()
 }
@@ -332,18 +330,17 @@ func (r *run) took(p []byte) {
 			n, payload = r.split.next(p)
 		}
 		if payload {
-			r.log.payload(int64(n))
+			r.log.keep(p[:n])
 		} else {
 			r.log.bytes(p[:n])
 		}
 		p = p[n:]
 	}
-	switch {
-	case total-r.synced >= syncEvery:
+	if total-r.synced >= syncEvery {
 		r.settle()
-	case r.log.seen >= writeLogEvery:
-		r.logged(r.log.write(r.flushed()))
+		return
 	}
+	r.logged(r.log.write(r.flushed()))
 }
 
 // logged says once that the log is of no use any more. The upload goes on.

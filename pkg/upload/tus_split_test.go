@@ -131,7 +131,7 @@ func logged(t *testing.T, l *uploadLog, message []byte, flushed func(payload int
 		for len(p) > 0 {
 			n, is := s.next(p)
 			if is {
-				l.payload(int64(n))
+				l.keep(p[:n])
 				payload += int64(n)
 			} else {
 				l.bytes(p[:n])
@@ -158,18 +158,15 @@ func TestReplayIsTheBytesThatWereReceived(t *testing.T) {
 	payload := program(xapi.NewUUID(), 2*mib+777)
 	for name, message := range messages(t, payload) {
 		t.Run(name, func(t *testing.T) {
-			lag := func(n int64) int64 { return max(0, (n-300000)/blockSize*blockSize) }
+			lag := func(n int64) int64 { return max(0, (n-3*mib/2)/blockSize*blockSize) }
 			l := newTestLog(t)
 			logged(t, l, message, lag)
 			p, err := findResumePoint(l.f, "boot 1")
 			if err != nil {
 				t.Fatal(err)
 			}
-			if left := int64(len(message)) - p.offset; left > 320000 {
-				t.Errorf("%d bytes would have to be sent again", left)
-			}
-			if p.payload > p.done || p.done%blockSize != 0 {
-				t.Errorf("resume at %+v", p)
+			if p.offset != int64(len(message)) || p.done%blockSize != 0 {
+				t.Errorf("resume at %+v of %d bytes", p, len(message))
 			}
 			kept := newTestLog(t)
 			if err := p.copyTo(kept, l.f); err != nil {
@@ -200,12 +197,29 @@ func TestALogOfAnotherBootCountsAsFarAsItWasSynced(t *testing.T) {
 		t.Fatal(err)
 	}
 	for boot, want := range map[string]resumePoint{
-		"one": {offset: 4 + 65536, payload: 65536, done: 65536, boot: "one"},
+		"one": {offset: 4 + 108192, payload: 108192, done: 65536, boot: "one"},
 		"two": {offset: 4 + 8192, payload: 8192, done: 8192, boot: "one"},
 	} {
 		if got, err := findResumePoint(l.f, boot); err != nil || got != want {
 			t.Errorf("in boot %s: %+v, %v, want %+v", boot, got, err, want)
 		}
+	}
+}
+
+func TestPayloadThatIsNeitherInTheImageNorInTheRingIsLost(t *testing.T) {
+	l := newTestLog(t)
+	l.boot("one")
+	l.bytes([]byte("head"))
+	payload := program(xapi.NewUUID(), 3*ringSize)
+	l.keep(payload[:ringSize+5000])
+	l.bytes([]byte("x"))
+	l.keep(payload[ringSize+5000:])
+	if err := l.write(12288 + 77); err != nil {
+		t.Fatal(err)
+	}
+	want := resumePoint{offset: 4 + 12288, payload: 12288, done: 12288, boot: "one"}
+	if got, err := findResumePoint(l.f, "one"); err != nil || got != want {
+		t.Errorf("%+v, %v, want %+v", got, err, want)
 	}
 }
 
@@ -218,10 +232,10 @@ func TestADamagedLogCountsUpToTheDamage(t *testing.T) {
 		t.Fatal(err)
 	}
 	last := int64(1 << 60)
-	for cut := len(whole); cut >= 0; cut -= 97 {
+	for cut := len(whole); cut >= ringSize; cut -= 97 {
 		for _, b := range [][]byte{whole[:cut], append(bytes.Clone(whole[:cut]), make([]byte, 50)...), flip(whole, cut)} {
 			p, err := findResumePoint(bytes.NewReader(b), "boot 1")
-			if err != nil || p.offset > int64(len(message)) || p.payload > p.done {
+			if err != nil || p.offset > int64(len(message)) || p.payload > p.done+ringSize {
 				t.Fatalf("cut at %d: %+v, %v", cut, p, err)
 			}
 			if len(b) == cut && p.offset > last {

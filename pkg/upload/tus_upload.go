@@ -229,8 +229,8 @@ func (r *run) main(leave func()) {
 	r.u.finish(r.draft, ref, err)
 }
 
-// reread sets the offset to what can be had again: the last bytes that do not
-// make up a block are lost.
+// reread sets the offset to what can be had again: less than was received when
+// the log could not be written.
 func (u *resumable) reread() {
 	f, err := os.Open(u.h.logPath(u.plan.ID))
 	if err != nil {
