@@ -149,7 +149,11 @@ func (h *Handler) importNew(ctx context.Context, in content, requested string) (
 		VirtualSize: (in.size() + mib - 1) / mib * mib,
 		VDI:         pool.VDI{NameLabel: "Imported VDI", Type: "user", OtherConfig: map[string]string{}},
 		Fill: func(ctx context.Context, f *os.File, _ string) error {
-			return u.noRoom(in.write(ctx, f, in.size(), true))
+			err := in.write(ctx, f, in.size(), true)
+			if errors.Is(err, errTooMuch) {
+				err = xapi.NewError(xapi.ImportError, "there is more data than was said").Because(err)
+			}
+			return u.noRoom(err)
 		},
 		Commit: func(*store.Tx, xapi.Ref) error { return nil },
 	})
