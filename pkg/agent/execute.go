@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -110,25 +111,34 @@ func (e *execution) launch(entry *Entry) error {
 	return e.spawn()
 }
 
-// facts looks at the SRs plugged here.
+// facts looks at the SRs plugged here. Where the one that holds the patch clones
+// the others are not asked: one of them may not answer for a while.
 func (e *execution) facts(j pool.Assignment) (map[xapi.Ref]sr.Repository, Facts, error) {
 	attached, err := e.agent.Storage.AttachedSRs()
 	if err != nil {
 		return nil, Facts{}, err
 	}
+	holds := func(s pool.AttachedSR) bool { return j.VDI != nil && s.Ref == j.VDI.SR }
+	if at := slices.IndexFunc(attached, holds); at > 0 {
+		attached[0], attached[at] = attached[at], attached[0]
+	}
 	f := Facts{Assignment: j}
 	repos := map[xapi.Ref]sr.Repository{}
 	for _, s := range attached {
 		st, err := s.Repository.Stat(e.ctx)
+		if err != nil && holds(s) && j.Patch.Filename == "" {
+			return nil, Facts{}, err // there is no other way to the patch
+		}
 		if err != nil {
 			e.agent.Log.WithError(err).WithField("SR", s.UUID).Warn("an SR does not answer and is not used")
 			continue
 		}
+		fact := SRFact{Ref: s.Ref, Shared: s.Shared, Free: st.Free, Clones: sr.Has(s.Repository.Features(), sr.VDIClone)}
 		repos[s.Ref] = s.Repository
-		f.SRs = append(f.SRs, SRFact{
-			Ref: s.Ref, Shared: s.Shared, Free: st.Free,
-			Clones: sr.Has(s.Repository.Features(), sr.VDIClone),
-		})
+		f.SRs = append(f.SRs, fact)
+		if holds(s) && fact.Clones {
+			break
+		}
 	}
 	return repos, f, nil
 }
