@@ -74,7 +74,8 @@ func (r *repository) room(ctx context.Context) (sr.Stat, error) {
 		s.Free = 0
 	}
 	if r.keepFree != nil {
-		s.Free -= min(s.Free, max(0, r.keepFree(node(r.group, poolName))))
+		// A path that lies on no filesystem: nothing else shares the pool.
+		s.Free -= min(s.Free, max(0, r.keepFree(node(r.group, poolName)+"/volumes")))
 	}
 	return s, nil
 }
