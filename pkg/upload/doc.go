@@ -2,8 +2,9 @@
 //
 //	PUT /pool_patch_upload     a signed patch becomes a VDI and a pool_patch
 //	GET /pool_patch_download   the classic patch file of the coordinator
-//	PUT /import_raw_vdi        raw bytes into a VDI, a new or an existing one
-//	GET /export_raw_vdi        the raw bytes of a VDI
+//	PUT /import_raw_vdi        the content of a VDI, a new or an existing one
+//	GET /export_raw_vdi        the content of a VDI: whole, its data, or some blocks
+//	GET /vdi_block_map         the block map of a VDI
 //
 // # Life of a request
 //
