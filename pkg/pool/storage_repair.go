@@ -24,7 +24,7 @@ import (
 //
 // An SR that cannot be plugged or repaired keeps nobody from the rest of the
 // pool, and the SRs are dealt with side by side: that is logged, there is a
-// message, and it is tried again at the next start. Drafts that have not expired
+// message, and it is tried again: see ReplugFailed and Sweep. Drafts that have not expired
 // and copies whose task waits for them are kept; see OpenDraft and ResumeCopies.
 func (p *Pool) RepairStorage(ctx context.Context) error {
 	if err := p.finishSRs(ctx); err != nil {
@@ -74,7 +74,7 @@ func (p *Pool) reportSR(ctx context.Context, ref xapi.Ref, message string, cause
 	if err != nil {
 		return errors.Join(cause, err)
 	}
-	p.Log.WithError(cause).WithField("SR", rec.UUID).Error("an SR could not be plugged or repaired; it is tried again at the next start")
+	p.Log.WithError(cause).WithField("SR", rec.UUID).Error("an SR could not be plugged or repaired; it is tried again")
 	_, err = p.MessageCreate(ctx, message, 2, "SR", rec.UUID, brief(cause))
 	return err
 }
