@@ -19,6 +19,7 @@ func lvmSR(t *testing.T, size int64) (sr.Driver, sr.Config) {
 
 // TestLVM runs the whole conformance suite on thin volumes.
 func TestLVM(t *testing.T) {
+	sequences(t, "2", "15")
 	srtest.Run(t, srtest.Suite{
 		New:     func(t *testing.T) (sr.Driver, sr.Config) { return lvmSR(t, 2<<30) },
 		Small:   func(t *testing.T) (sr.Driver, sr.Config) { return lvmSR(t, 56<<20) },

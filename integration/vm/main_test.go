@@ -18,11 +18,15 @@ import (
 
 func TestMain(m *testing.M) {
 	flag.Parse()
-	// A program takes 50 times as long to start as outside.
-	if err := flag.Set("rapid.checks", "4"); err != nil {
-		panic(err)
-	}
 	lab.Main(m)
+}
+
+// sequences bounds the random sequences of the suite: how many, and of how many
+// calls. A program takes 50 times as long to start as outside.
+func sequences(t *testing.T, checks, steps string) {
+	t.Helper()
+	must(t, flag.Set("rapid.checks", checks))
+	must(t, flag.Set("rapid.steps", steps))
 }
 
 // system is the real dom0.

@@ -88,6 +88,7 @@ var (
 // TestNFS runs the whole conformance suite on exports of a filesystem that
 // clones and of one that does not.
 func TestNFS(t *testing.T) {
+	sequences(t, "10", "30")
 	for name, fs := range map[string]struct {
 		mkfs   []string
 		clones bool
