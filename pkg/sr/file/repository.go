@@ -72,7 +72,7 @@ func volumeName(file string) (n sr.Name, ok bool) {
 }
 
 // volumeError says what went wrong with volume n, with a code.
-func volumeError(err error, verb string, n sr.Name) error {
+func (r *repository) volumeError(err error, verb string, n sr.Name) error {
 	var known *xapi.Error
 	switch {
 	case err == nil, errors.As(err, &known):
@@ -80,11 +80,11 @@ func volumeError(err error, verb string, n sr.Name) error {
 	case errors.Is(err, os.ErrNotExist), errors.Is(err, errNotRegular), errors.Is(err, unix.ELOOP), errors.Is(err, unix.EISDIR), errors.Is(err, unix.ENXIO):
 		return xapi.NewError(xapi.VDINotAvailable, n.String()).Because(err)
 	case errors.Is(err, unix.EIO), errors.Is(err, unix.EUCLEAN), errors.Is(err, unix.ESHUTDOWN):
-		return xapi.NewError(xapi.VDIIOError, n.String()).Because(err)
+		return xapi.NewError(xapi.VDIIOError, n.String()).Because(fmt.Errorf("SR %s: %w", r.uuid, err))
 	case errors.Is(err, unix.EFBIG):
 		return xapi.NewError(xapi.InvalidValue, "virtual_size", "more than the filesystem can hold in one file").Because(err)
 	}
-	return coded(err, "%s volume %s", verb, n)
+	return coded(err, "%s volume %s of SR %s", verb, n, r.uuid)
 }
 
 // Features are what was tried out at attach.
@@ -262,10 +262,10 @@ func (r *repository) Create(ctx context.Context, n sr.Name, size int64) (sr.Volu
 		err = fresh(r.folder, fileName(n), func(f *os.File) error { return f.Truncate(size) })
 	}
 	if err != nil {
-		return sr.Volume{}, volumeError(err, "create", n)
+		return sr.Volume{}, r.volumeError(err, "create", n)
 	}
 	v, err := look(r.folder, n)
-	return v, volumeError(err, "create", n)
+	return v, r.volumeError(err, "create", n)
 }
 
 // Open opens the file of a volume.
@@ -280,7 +280,7 @@ func (r *repository) Open(ctx context.Context, n sr.Name, m sr.Mode) (*os.File, 
 		flags = unix.O_RDWR
 	}
 	f, err := openRegular(r.folder, fileName(n), flags)
-	return f, volumeError(err, "open", n)
+	return f, r.volumeError(err, "open", n)
 }
 
 // Path is the path of the file.
@@ -291,7 +291,7 @@ func (r *repository) Path(ctx context.Context, n sr.Name) (string, error) {
 	}
 	defer leave()
 	if _, err := look(r.folder, n); err != nil {
-		return "", volumeError(err, "find", n)
+		return "", r.volumeError(err, "find", n)
 	}
 	return r.folder.Name() + "/" + fileName(n), nil
 }
@@ -308,17 +308,17 @@ func (r *repository) Clone(ctx context.Context, src, dst sr.Name) (sr.Volume, er
 	}
 	from, err := openRegular(r.folder, fileName(src), unix.O_RDONLY)
 	if err != nil {
-		return sr.Volume{}, volumeError(err, "clone", src)
+		return sr.Volume{}, r.volumeError(err, "clone", src)
 	}
 	defer from.Close()
 	if err = r.hasRoom(); err == nil {
 		err = fresh(r.folder, fileName(dst), func(f *os.File) error { return unix.IoctlFileClone(int(f.Fd()), int(from.Fd())) })
 	}
 	if err != nil {
-		return sr.Volume{}, volumeError(err, "clone to", dst)
+		return sr.Volume{}, r.volumeError(err, "clone to", dst)
 	}
 	v, err := look(r.folder, dst)
-	return v, volumeError(err, "clone to", dst)
+	return v, r.volumeError(err, "clone to", dst)
 }
 
 // clonesHere tries FICLONE between two unnamed files of the folder.
@@ -366,12 +366,12 @@ func (r *repository) Resize(ctx context.Context, n sr.Name, size int64) error {
 	defer leave()
 	f, err := openRegular(r.folder, fileName(n), unix.O_RDWR)
 	if err != nil {
-		return volumeError(err, "resize", n)
+		return r.volumeError(err, "resize", n)
 	}
 	defer f.Close()
 	fi, err := f.Stat()
 	if err != nil {
-		return volumeError(err, "resize", n)
+		return r.volumeError(err, "resize", n)
 	}
 	if size < fi.Size() {
 		return xapi.NewError(xapi.InvalidValue, "virtual_size", strconv.FormatInt(size, 10))
@@ -379,7 +379,7 @@ func (r *repository) Resize(ctx context.Context, n sr.Name, size int64) error {
 	if err = f.Truncate(size); err == nil {
 		err = f.Sync()
 	}
-	return volumeError(err, "resize", n)
+	return r.volumeError(err, "resize", n)
 }
 
 // Rename gives the file another name, never over an existing one.
@@ -391,9 +391,9 @@ func (r *repository) Rename(ctx context.Context, from, to sr.Name) error {
 	defer leave()
 	if from == to {
 		_, err := look(r.folder, from)
-		return volumeError(err, "rename", from)
+		return r.volumeError(err, "rename", from)
 	}
-	return volumeError(rename(r.folder, fileName(from), fileName(to)), "rename", from)
+	return r.volumeError(rename(r.folder, fileName(from), fileName(to)), "rename", from)
 }
 
 func rename(folder *os.File, from, to string) error {
@@ -445,11 +445,11 @@ func (r *repository) Destroy(ctx context.Context, n sr.Name) error {
 	switch {
 	case errors.Is(err, os.ErrNotExist):
 		// It may have gone a moment ago, before a crash: make that durable.
-		return volumeError(syncFolder(r.folder), "destroy", n)
+		return r.volumeError(syncFolder(r.folder), "destroy", n)
 	case err != nil:
 		return coded(err, "destroy volume %s", n)
 	}
-	return volumeError(unlink(r.folder, fileName(n)), "destroy", n)
+	return r.volumeError(unlink(r.folder, fileName(n)), "destroy", n)
 }
 
 // Detach closes the folder once every running call has ended, and lets go of

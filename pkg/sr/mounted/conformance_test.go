@@ -1,7 +1,6 @@
 package mounted_test
 
 import (
-	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -48,7 +47,7 @@ type lab struct {
 // attached from it when t ends is an error, and goes.
 func newLab(t *testing.T) *lab {
 	t.Helper()
-	d, err := dom0.New(dom0.Options{CgroupPrefix: fmt.Sprintf("patchd-test-%d", os.Getpid())})
+	d, err := dom0.New(dom0.Options{CgroupPrefix: "patchd-test-" + string(xapi.NewUUID())})
 	must(t, err)
 	l := &lab{t.TempDir(), d}
 	t.Cleanup(func() {
@@ -118,6 +117,7 @@ var hostile = []map[string]string{
 func TestConformance(t *testing.T) {
 	for name, k := range kinds {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			d, l := mounted.New(k.kind), newLab(t)
 			srtest.Run(t, srtest.Suite{
 				New:     func(*testing.T) (sr.Driver, sr.Config) { return d, l.config(k.size) },

@@ -100,6 +100,7 @@ func sum(t *testing.T, path string) string {
 
 // Whatever is on a device is named, refused, and left as it is, byte for byte.
 func TestADeviceThatHoldsSomethingIsRefused(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	d := ext.New()
 	const size = 64 * mib
@@ -136,6 +137,7 @@ func TestADeviceThatHoldsSomethingIsRefused(t *testing.T) {
 
 // Image files that others could change, or that are none.
 func TestTricksWithImageFilesAreRefused(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	d := ext.New()
 	real := l.existing(t, 64*mib, "", 0)
@@ -164,6 +166,7 @@ func TestTricksWithImageFilesAreRefused(t *testing.T) {
 
 // Create killed at any of its steps can be repeated, and can be taken back.
 func TestAnUnfinishedSRIsRepeatedOrTakenBack(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	d := ext.New()
 	ctx := t.Context()
@@ -224,6 +227,7 @@ func TestAnUnfinishedSRIsRepeatedOrTakenBack(t *testing.T) {
 
 // An SR with a foreign file in it is not destroyed with it.
 func TestForeignFilesKeepAnSRFromBeingDestroyed(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	d := ext.New()
 	c := l.made(t, d)
@@ -248,6 +252,7 @@ func TestForeignFilesKeepAnSRFromBeingDestroyed(t *testing.T) {
 // A busy SR stays attached and usable, the error names who holds it, and the
 // next life of the daemon takes the mount over.
 func TestABusySRStaysMountedAndIsTakenOver(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	d := ext.New()
 	c := l.made(t, d)
@@ -303,6 +308,7 @@ func TestABusySRStaysMountedAndIsTakenOver(t *testing.T) {
 // While the filesystem lives on in another mount namespace, the image does not
 // get a second loop device.
 func TestOneImageHasOneLoopDevice(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	d := ext.New()
 	c := l.made(t, d)
@@ -351,6 +357,7 @@ func TestOneImageHasOneLoopDevice(t *testing.T) {
 
 // What else is mounted where the SR belongs gives way, unless it is in use.
 func TestAForeignMountGivesWay(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	d := ext.New()
 	c := l.made(t, d)
@@ -378,6 +385,7 @@ func TestAForeignMountGivesWay(t *testing.T) {
 // A block device is named by a link, which is followed at every call, and is not
 // touched while it is in use elsewhere.
 func TestABlockDevice(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	d := ext.New()
 	ctx := t.Context()
@@ -429,6 +437,7 @@ func TestABlockDevice(t *testing.T) {
 
 // Without its tool a driver says which package to install, and writes nothing.
 func TestAMissingToolIsNamed(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	k := ext.Kind()
 	k.ToolDirs = []string{l.dir}
@@ -450,6 +459,7 @@ func TestAMissingToolIsNamed(t *testing.T) {
 // An image file that shares its filesystem with the database cannot take the
 // room that must stay free there, also when there is room inside.
 func TestAnImageTakesOnlyTheRoomBelowIt(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	d := ext.New()
 	c := l.made(t, d)
