@@ -168,7 +168,10 @@ func (l *uploadLog) batch() error {
 		return l.err
 	}
 	l.end += int64(len(b))
-	return nil
+	if err := fault.Point("upload.log.done"); err != nil {
+		l.spoil(err)
+	}
+	return l.err
 }
 
 // spoil gives the log up: an upload that goes on without one begins again
