@@ -75,6 +75,7 @@ type client struct {
 	base    string
 	http    *http.Client
 	session string
+	again   func(ctx context.Context) error // logs in once more
 }
 
 // connect logs in: over the unix socket as root, or at --server.
@@ -96,10 +97,13 @@ func (g *global) connect(ctx context.Context) (*client, error) {
 	}
 	c := &client{
 		base: strings.TrimSuffix(u.String(), "/"),
-		http: &http.Client{Transport: &http.Transport{TLSClientConfig: tlsConfig, ExpectContinueTimeout: 30 * time.Second, MaxIdleConnsPerHost: 4}},
+		http: &http.Client{Transport: &http.Transport{
+			DialContext: dialTCP, TLSClientConfig: tlsConfig, ExpectContinueTimeout: 30 * time.Second, MaxIdleConnsPerHost: 4,
+		}},
 	}
-	if err := c.login(ctx, g.user, password); err != nil {
-		return nil, g.explainServer(err)
+	c.again = func(ctx context.Context) error { return g.explainServer(c.login(ctx, g.user, password)) }
+	if err := c.again(ctx); err != nil {
+		return nil, err
 	}
 	return c, nil
 }
@@ -133,14 +137,14 @@ func reason(err error) error {
 func (g *global) connectSocket(ctx context.Context) (*client, error) {
 	path := filepath.Join(g.stateDir, "patchd.sock")
 	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
-		var d net.Dialer
-		return d.DialContext(ctx, "unix", path)
+		return dialUnix(ctx, path)
 	}
 	c := &client{
 		base: "http://patchd",
 		http: &http.Client{Transport: &http.Transport{DialContext: dial, ExpectContinueTimeout: 30 * time.Second, MaxIdleConnsPerHost: 4}},
 	}
-	err := c.login(ctx, "root", "")
+	c.again = func(ctx context.Context) error { return c.login(ctx, "root", "") }
+	err := c.again(ctx)
 	var unreachable unreachableError
 	if errors.As(err, &unreachable) {
 		cure := "start it with `patchd serve`, or name another with --server or --state-dir"

@@ -2,16 +2,10 @@ package main
 
 import (
 	"context"
-	"encoding/json"
-	"errors"
 	"fmt"
-	"io"
-	"net/http"
-	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
-	"sync/atomic"
 
 	"github.com/spf13/cobra"
 
@@ -94,147 +88,6 @@ func stateOf(hp record) string {
 
 func newPatchShow(g *global) *cobra.Command {
 	return showCommand(g, "pool_patch", "show one patch")
-}
-
-func newPatchUpload(g *global) *cobra.Command {
-	var srName string
-	cmd := &cobra.Command{
-		Use: "upload FILE", Short: "stream a signed patch into a VDI of the pool", Args: cobra.ExactArgs(1),
-		Long: "Streams a signed patch into a fresh VDI: on --sr, else on the pool's default SR, else on an SR of the\n" +
-			"coordinator that can clone. Prints the patch's uuid. A FILE of - is the standard input.",
-		RunE: func(cmd *cobra.Command, args []string) error {
-			return g.with(cmd.Context(), func(ctx context.Context, c *client) error {
-				rec, err := c.upload(ctx, args[0], srName)
-				if err != nil {
-					return fmt.Errorf("upload of %s: %w", args[0], explain(ctx, c, err))
-				}
-				if g.json() {
-					return printJSON(os.Stdout, rec)
-				}
-				fmt.Println(rec.text("uuid"))
-				return nil
-			})
-		},
-	}
-	cmd.Flags().StringVar(&srName, "sr", "", "SR (uuid or name) to put it on; there is no fallback then")
-	g.completeFlag(cmd, "sr", "SR")
-	return cmd
-}
-
-// upload PUTs a file and gives the record of the patch.
-func (c *client) upload(ctx context.Context, path, srName string) (record, error) {
-	in, length, err := openInput(path)
-	if err != nil {
-		return nil, err
-	}
-	defer in.Close()
-	query := url.Values{}
-	if srName != "" {
-		ref, _, err := c.find(ctx, "SR", srName)
-		if err != nil {
-			return nil, err
-		}
-		query.Set("sr_id", ref)
-	}
-	b := newBar(filepath.Base(path), max(length, 0))
-	defer b.done()
-	body := &meter{Reader: in, bar: b}
-	req, err := http.NewRequestWithContext(ctx, http.MethodPut, c.base+"/pool_patch_upload?"+query.Encode(), body)
-	if err != nil {
-		return nil, err
-	}
-	req.ContentLength = length
-	req.Header.Set("Expect", "100-continue")
-	req.AddCookie(&http.Cookie{Name: "session_id", Value: c.session})
-	res, err := c.send(ctx, req)
-	if err != nil {
-		switch {
-		case ctx.Err() != nil && body.read.Load() == length:
-			return nil, errors.New("interrupted after the last byte: `patchd patch list` tells whether the patch was taken")
-		case ctx.Err() != nil:
-			return nil, errors.New("interrupted: nothing is stored")
-		}
-		return nil, unreachableError{reason(err)}
-	}
-	defer res.Body.Close()
-	return decodeUpload(res)
-}
-
-// send is http.Client.Do that ends with ctx also while the body waits for a
-// standard input that does not go on: the connection ends with the process.
-func (c *client) send(ctx context.Context, req *http.Request) (*http.Response, error) {
-	type answer struct {
-		res *http.Response
-		err error
-	}
-	answered := make(chan answer, 1)
-	go func() {
-		res, err := c.http.Do(req)
-		answered <- answer{res, err}
-	}()
-	select {
-	case a := <-answered:
-		return a.res, a.err
-	case <-ctx.Done():
-		return nil, context.Cause(ctx)
-	}
-}
-
-func decodeUpload(res *http.Response) (record, error) {
-	b, err := io.ReadAll(io.LimitReader(res.Body, 1<<20))
-	if err != nil {
-		return nil, err
-	}
-	if res.StatusCode == http.StatusCreated {
-		rec := record{}
-		return rec, json.Unmarshal(b, &rec)
-	}
-	var fail struct {
-		Code   string   `json:"code"`
-		Params []string `json:"params"`
-	}
-	if json.Unmarshal(b, &fail) == nil && fail.Code != "" {
-		return nil, xapi.NewError(fail.Code, fail.Params...)
-	}
-	return nil, fmt.Errorf("the server answers %s: %.200s", res.Status, b)
-}
-
-// openInput opens a file, or the standard input, whose length is unknown.
-func openInput(path string) (io.ReadCloser, int64, error) {
-	if path == "-" {
-		return io.NopCloser(os.Stdin), -1, nil
-	}
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, 0, err
-	}
-	st, err := f.Stat()
-	if err != nil {
-		f.Close()
-		return nil, 0, err
-	}
-	if !st.Mode().IsRegular() {
-		return f, -1, nil
-	}
-	if st.Size() == 0 {
-		f.Close()
-		return nil, 0, fmt.Errorf("%s is empty", path)
-	}
-	return f, st.Size(), nil
-}
-
-// meter shows in a bar what is read through it.
-type meter struct {
-	io.Reader
-	bar  *bar
-	read atomic.Int64
-}
-
-func (m *meter) Read(p []byte) (int, error) {
-	n, err := m.Reader.Read(p)
-	m.bar.add(n)
-	m.read.Add(int64(n))
-	return n, err
 }
 
 func newPatchImport(g *global) *cobra.Command {

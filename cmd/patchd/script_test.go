@@ -48,6 +48,7 @@ func TestScripts(t *testing.T) {
 			bin := filepath.Join(env.WorkDir, ".bin")
 			env.Setenv("PATH", bin+string(os.PathListSeparator)+env.Getenv("PATH"))
 			env.Setenv("PATCHD_STATE_DIR", filepath.Join(env.WorkDir, "state"))
+			env.Setenv("XDG_STATE_HOME", filepath.Join(env.WorkDir, ".local"))
 			env.Setenv("FINGERPRINT", key.Fingerprint)
 			d := &scriptDaemon{}
 			env.Values[daemonKey{}] = d
@@ -92,7 +93,7 @@ func command(ts *testscript.TestScript, args []string) *exec.Cmd {
 	cmd := exec.Command(path, args[1:]...)
 	cmd.Dir = ts.MkAbs(".")
 	cmd.Env = os.Environ()
-	for _, name := range []string{"PATCHD_STATE_DIR", "PATCHD_SERVER", "PATCHD_PIN", "PATCHD_PASSWORD", "PATCHD_OUTPUT", "PATCHD_ROOT_PASSWORD", "PATCHD_CONFIG", "PATCHD_LISTEN"} {
+	for _, name := range []string{"PATCHD_STATE_DIR", "PATCHD_SERVER", "PATCHD_PIN", "PATCHD_PASSWORD", "PATCHD_OUTPUT", "PATCHD_ROOT_PASSWORD", "PATCHD_CONFIG", "PATCHD_LISTEN", "XDG_STATE_HOME"} {
 		if v := ts.Getenv(name); v != "" {
 			cmd.Env = append(cmd.Env, name+"="+v)
 		}

@@ -104,6 +104,7 @@ type Handler struct {
 	keeper
 	streams chan struct{} // one element for each body that is read
 	texts   chan struct{} // one for each that is clear-signed, which takes memory
+	chunks  *chunkCache
 }
 
 // New makes a Handler.
@@ -120,7 +121,7 @@ func New(o Options) *Handler {
 	if o.Now == nil {
 		o.Now = time.Now
 	}
-	return &Handler{Options: o, keeper: newKeeper(), streams: make(chan struct{}, maxStreams), texts: make(chan struct{}, maxTexts)}
+	return &Handler{Options: o, keeper: newKeeper(), streams: make(chan struct{}, maxStreams), texts: make(chan struct{}, maxTexts), chunks: newChunkCache()}
 }
 
 // enter waits for a place among those that places has room for.
@@ -144,6 +145,7 @@ func (h *Handler) Routes(r *mux.Router) {
 	}{
 		{http.MethodPut, "/pool_patch_upload", h.patchUpload},
 		{http.MethodGet, "/pool_patch_download", h.patchDownload},
+		{http.MethodGet, "/pool_patch_chunks", h.patchChunks},
 		{http.MethodPut, "/import_raw_vdi", h.importRaw},
 		{http.MethodGet, "/export_raw_vdi", h.exportRaw},
 		{http.MethodPost, "/export_raw_vdi", h.exportRaw},
