@@ -63,6 +63,7 @@ func (p *Pool) copyTo(ctx context.Context, s source, dst xapi.Ref, rec VDI, comm
 	}
 	if m != nil {
 		size = m.Size // not the length of a volume that was rounded up
+		taken = min(taken, int64(len(m.Blocks))*vdi.MapBlock)
 	}
 	n, in := NewVDI{SR: dst, VDI: rec, VirtualSize: size}, Intent{Kind: IntentCreate}
 	shares := dst == s.rec.SR && sr.Has(s.repo.Features(), sr.VDIClone)

@@ -135,7 +135,7 @@ func TestACopyKilledAtEveryEffectGoesOn(t *testing.T) {
 		if rec.Map != get[VDI](r, ClassVDI, golden).Map || rec.ReadOnly || rec.SR != to || get[SR](r, ClassSR, to).VirtualAllocation != draftSize {
 			t.Errorf("%s: the copy is %+v", when, rec)
 		}
-		r.verifies(made)
+		r.wantVerified(made)
 		r.must(r.VDIDestroy(t.Context(), made))
 	}
 	if resumed < 5 {
@@ -264,7 +264,7 @@ func TestACopyThatIsStoppedGoesOn(t *testing.T) {
 	r.point = nil
 	made, err := r.outcome(r.nextLife(), of)
 	r.must(err)
-	r.verifies(made)
+	r.wantVerified(made)
 	r.wantTidy("at the end")
 }
 
@@ -338,7 +338,7 @@ func TestCopiesKeepTheMapUntilTheyAreWrittenTo(t *testing.T) {
 		for what, write := range change {
 			ref, err := made()
 			r.must(err)
-			r.verifies(ref)
+			r.wantVerified(ref)
 			if rec := get[VDI](r, ClassVDI, ref); rec.Map != get[VDI](r, ClassVDI, golden).Map || rec.Checked.IsZero() {
 				t.Errorf("%s: %+v", how, rec)
 			}
@@ -351,7 +351,7 @@ func TestCopiesKeepTheMapUntilTheyAreWrittenTo(t *testing.T) {
 			r.must(r.VDIDestroy(ctx, ref))
 		}
 	}
-	r.verifies(golden)
+	r.wantVerified(golden)
 }
 
 // A VDI that is to be written to loses its map for good, whatever effect fails,
@@ -384,7 +384,7 @@ func TestTheMapGoesFirst(t *testing.T) {
 		r.restart()
 		r.wantTidy(fmt.Sprintf("killed at effect %d", n))
 		if get[VDI](r, ClassVDI, ref).Map != "" {
-			r.verifies(ref)
+			r.wantVerified(ref)
 		}
 		r.must(r.VDIDestroy(ctx, ref))
 	}
@@ -439,7 +439,7 @@ func TestWhatHappensDuringACopy(t *testing.T) {
 		t.Error("nobody looked")
 	}
 	r.wantTidy("at the end")
-	r.verifies(golden)
+	r.wantVerified(golden)
 }
 
 // A full SR: a clear error, nothing left, and with room the next one succeeds.
@@ -458,7 +458,7 @@ func TestACopyIntoAFullSR(t *testing.T) {
 	r.wantTidy("after the refusal")
 	made, err := r.VDICopy(ctx, golden, to, "", "")
 	r.must(err)
-	r.verifies(made)
+	r.wantVerified(made)
 }
 
 // silent is an SR that does not answer until it is told to.

@@ -363,14 +363,21 @@ func (d *Draft) Discard(ctx context.Context) error {
 		return d.Close()
 	}
 	d.over = true
+	defer d.letGo()
+	d.shut()
 	_, err := d.unmake(ctx)
-	return errors.Join(err, d.Close())
+	return err
 }
 
 // Close lets the draft go and keeps what is there for OpenDraft. A second Close
 // does nothing.
 func (d *Draft) Close() error {
 	defer d.letGo()
+	return d.shut()
+}
+
+// shut closes the file.
+func (d *Draft) shut() error {
 	if d.file == nil {
 		return nil
 	}
@@ -384,10 +391,7 @@ func (d *Draft) Close() error {
 
 // letGo gives back the draft's hold on file, intent and SR.
 func (d *Draft) letGo() {
-	if d.file != nil {
-		d.file.Close()
-		d.file = nil
-	}
+	d.shut()
 	d.end()
 	d.release()
 }

@@ -73,11 +73,11 @@ func (r *rig) complete(ref xapi.Ref, m *vdi.Map, want string) {
 		return
 	}
 	r.holds(ref, []byte(want))
-	r.verifies(ref)
+	r.wantVerified(ref)
 }
 
-// verifies fails unless the image of a VDI is as its map says.
-func (r *rig) verifies(ref xapi.Ref) {
+// wantVerified fails unless the image of a VDI is as its map says.
+func (r *rig) wantVerified(ref xapi.Ref) {
 	r.t.Helper()
 	m, err := r.VDIMap(r.t.Context(), ref)
 	r.must(err)

@@ -22,8 +22,8 @@ func (p *Pool) Promised(ctx context.Context, ref xapi.Ref) (int64, error) {
 	return p.promised(ctx, repo, ref, math.MaxInt64)
 }
 
-// promised counts the intents that were recorded up to a moment.
-func (p *Pool) promised(ctx context.Context, repo sr.Repository, ref xapi.Ref, until int64) (sum int64, err error) {
+// promised counts the intents that were recorded before a moment.
+func (p *Pool) promised(ctx context.Context, repo sr.Repository, ref xapi.Ref, before int64) (sum int64, err error) {
 	var open []Intent
 	err = p.Store.View(func(v *store.View) error {
 		for _, it := range v.List(ClassIntent) {
@@ -31,7 +31,7 @@ func (p *Pool) promised(ctx context.Context, repo sr.Repository, ref xapi.Ref, u
 			if err := it.Decode(&in); err != nil {
 				return err
 			}
-			if in.SR == ref && in.Room > 0 && it.Created <= until {
+			if in.SR == ref && in.Room > 0 && it.Created < before {
 				open = append(open, in)
 			}
 		}
@@ -41,27 +41,23 @@ func (p *Pool) promised(ctx context.Context, repo sr.Repository, ref xapi.Ref, u
 		return 0, err
 	}
 	for _, in := range open {
-		used, err := p.taken(ctx, repo, in)
-		if err != nil {
-			return 0, err
-		}
-		sum += max(0, in.Room-used)
+		sum += max(0, in.Room-p.taken(ctx, repo, in))
 	}
-	return sum, nil
+	return sum, sr.Alive(ctx)
 }
 
-// taken is what the volumes of a VDI in the making take, in bytes.
-func (p *Pool) taken(ctx context.Context, repo sr.Repository, in Intent) (int64, error) {
+// taken is what the volumes of a VDI in the making take, in bytes; 0 when it
+// cannot be told, so that the whole promise counts.
+func (p *Pool) taken(ctx context.Context, repo sr.Repository, in Intent) int64 {
 	if in.Host != p.Self {
-		return 0, nil // its name there is the other host's to know
+		return 0 // its name there is the other host's to know
 	}
 	for _, n := range []sr.Name{p.part(in), sr.Live(in.VDI)} {
-		used, err := volumeSize(ctx, repo, n)
-		if err == nil || !xapi.Is(err, xapi.VDINotAvailable) {
-			return used, err
+		if used, err := volumeSize(ctx, repo, n); err == nil {
+			return used
 		}
 	}
-	return 0, nil
+	return 0
 }
 
 // assertRoom refuses an intent that was promised more than an SR has. The
@@ -71,16 +67,16 @@ func (p *Pool) assertRoom(ctx context.Context, repo sr.Repository, ref xapi.Ref,
 	if in.Room <= 0 {
 		return nil
 	}
-	var until int64
+	var since int64
 	err := p.Store.View(func(v *store.View) error {
 		it, _ := v.Get(ClassIntent, ref)
-		until = it.Created
+		since = it.Created
 		return nil
 	})
 	if err != nil {
 		return err
 	}
-	promised, err := p.promised(ctx, repo, in.SR, until)
+	promised, err := p.promised(ctx, repo, in.SR, since)
 	if err != nil {
 		return err
 	}
@@ -88,9 +84,9 @@ func (p *Pool) assertRoom(ctx context.Context, repo sr.Repository, ref xapi.Ref,
 	if err != nil {
 		return err
 	}
-	if promised > stat.Free {
+	if in.Room > stat.Free-promised {
 		return xapi.NewError(xapi.OutOfSpace, "").Because(fmt.Errorf("%d bytes are needed, %d are free, of which %d are promised to others",
-			in.Room, stat.Free, promised-in.Room))
+			in.Room, stat.Free, promised))
 	}
 	return nil
 }

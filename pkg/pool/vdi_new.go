@@ -104,6 +104,7 @@ func (d *Draft) bear(ctx context.Context, commit func(*store.Tx, xapi.Ref) error
 	if d.in.Kind == IntentCopy && errors.Is(context.Cause(ctx), task.ErrStopping) {
 		return "", err
 	}
+	d.shut() // storage may refuse to destroy what is open
 	born, uerr := d.unmake(ctx)
 	if born {
 		return d.in.Ref, nil // the commit had happened, only its answer was lost
