@@ -47,6 +47,9 @@ func (h *Handler) exportRaw(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer done()
+	if r.Method == http.MethodPost {
+		c.rc.SetReadDeadline(time.Now().Add(h.Stall)) //nolint:errcheck // a server without deadlines does not stall out
+	}
 	e, status, err := judgeExport(r)
 	if err != nil {
 		err := xapi.NewError(xapi.InvalidValue, "vdi", err.Error())

@@ -86,6 +86,23 @@ func TestCopyVerifiedRefusesADamagedSource(t *testing.T) {
 	})
 }
 
+func TestCopyVerifiedMovesWhatIsAllocated(t *testing.T) {
+	src, _ := write(t, Size(40*mib), 40*mib, payload(40*mib+77))
+	m, err := BuildMap(t.Context(), src, Size(40*mib))
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, err := Allocated(src)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dst := fresh(t, m.Size)
+	if moved, err := CopyVerified(t.Context(), dst, src, m, CopyOptions{}); err != nil || moved > a*102/100 {
+		t.Errorf("%d bytes moved of %d allocated, %v", moved, a, err)
+	}
+	fsck(t, dst.Name())
+}
+
 func TestCopyVerifiedRefusesOtherLengths(t *testing.T) {
 	m := &Map{Size: 2 * mib}
 	make := images(t)
@@ -151,6 +168,9 @@ func TestCopyVerifiedOntoAFullDisk(t *testing.T) {
 	dst.Truncate(64 * mib)
 	if _, err := CopyVerified(t.Context(), dst, src, m, CopyOptions{}); !errors.Is(err, syscall.ENOSPC) {
 		t.Fatalf("a copy onto a full disk: %v", err)
+	}
+	if err := Copy(t.Context(), dst, src, nil); !errors.Is(err, syscall.ENOSPC) {
+		t.Fatalf("a plain copy onto a full disk: %v", err)
 	}
 	os.Remove(filler)
 	if _, err := CopyVerified(t.Context(), dst, src, m, CopyOptions{Resume: true}); err != nil {

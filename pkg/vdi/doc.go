@@ -17,6 +17,15 @@
 // layout.go) and is written last, so that an image that was not finished holds
 // no filesystem at all.
 //
+// # Blocks, and what is made of them
+//
+// A Map holds the SHA-256 of each MiB of an image that never changes again.
+// Map.Verify holds the image against it, CopyVerified copies only what is as the
+// map says, Repair takes damaged blocks from other images. They read only data,
+// past the page cache, with a few goroutines that each read and hash a block of
+// their own, so that the disk and all cores are at work. Frames are an image, or
+// some of its blocks, as a stream for another host.
+//
 // # What it refuses
 //
 // A payload that the image cannot hold (MESSAGE_TOO_LARGE), and an image that
