@@ -2,6 +2,7 @@
 //
 //	PUT /pool_patch_upload     a signed patch becomes a VDI and a pool_patch
 //	GET /pool_patch_download   the classic patch file of the coordinator
+//	/pool_patch_uploads        the same, resumable: tus 1.0 (docs/resumable-upload.md)
 //	PUT /import_raw_vdi        the content of a VDI, a new or an existing one
 //	GET /export_raw_vdi        the content of a VDI: whole, its data, or some blocks
 //	GET /vdi_block_map         the block map of a VDI
@@ -18,6 +19,13 @@
 // that is what xe and XenCenter wait for; the outcome is the task's. Without it
 // the status comes after the work, and is true: 201 with the record, or the
 // status of the error (outcomes in reply.go) with {code, params, message}.
+//
+// # Resumable uploads
+//
+// A resumable upload is a draft of the pool, a task and a log. While requests
+// bring bytes it is live: a goroutine (run) drives the same pipeline as a PUT,
+// and reads the body of whichever request is at work. When none is for a while it
+// is parked; a run that begins reads again, from image and log, what came before.
 //
 // # What is refused
 //
