@@ -205,7 +205,9 @@ func (p *Pool) mendBlocks(ctx context.Context, l look, f *os.File, m *vdi.Map, d
 			t.Progress(0.5 * float64(done) / float64(total)) // the other half is the check
 		}
 	})
-	p.Log.WithField("VDI", l.rec.UUID).WithField("blocks", repaired).Info("blocks of an image were repaired")
+	if repaired > 0 {
+		p.Log.WithField("VDI", l.rec.UUID).WithField("blocks", repaired).Warn("damaged blocks of an image were repaired")
+	}
 	var left *vdi.DamageError
 	switch {
 	case errors.As(err, &left):
