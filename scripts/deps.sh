@@ -9,7 +9,7 @@ declare -A package=([gpg]=gnupg [losetup]=mount [mount]=mount)
 if [ "${1:-test}" != demo ]; then
 	package+=(
 		[curl]=curl [e2fsck]=e2fsprogs [mkfs.xfs]=xfsprogs [mkfs.btrfs]=btrfs-progs
-		[python3]=python3 [node]=nodejs [npm]=npm [ip]=iproute2 [git]=git
+		[unshare]=util-linux [python3]=python3 [node]=nodejs [npm]=npm [ip]=iproute2 [git]=git
 	)
 fi
 export PATH=$PATH:/usr/sbin:/sbin

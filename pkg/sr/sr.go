@@ -162,7 +162,9 @@ type Repository interface {
 	// stay readable.
 	Destroy(ctx context.Context, n Name) error
 
-	// Detach unplugs the SR. No call may follow it.
+	// Detach unplugs the SR. No call may follow it. When something else uses
+	// what is mounted there, the error names it, errors.Is(err, syscall.EBUSY)
+	// holds, and the SR stays attached and usable.
 	Detach(ctx context.Context) error
 }
 
