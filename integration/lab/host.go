@@ -263,7 +263,7 @@ func (h *Host) CLIInput(input string, args ...string) (stdout, stderr string, co
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, h.o.Binary, args...)
-	cmd.Env = append(os.Environ(), "PATCHD_STATE_DIR="+h.StateDir)
+	cmd.Env = append(os.Environ(), "PATCHD_STATE_DIR="+h.StateDir, "XDG_STATE_HOME="+filepath.Join(filepath.Dir(h.StateDir), "user"))
 	cmd.Stdin = strings.NewReader(input)
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs

@@ -12,7 +12,10 @@ import (
 )
 
 // base is the payload that a delta refers to, in use until it is released.
-type base struct{ *vdi.Payload }
+type base struct {
+	*vdi.Payload
+	vdi xapi.Ref
+}
 
 // patchByUUID finds a patch that has a VDI. Codes: UUID_INVALID,
 // CANNOT_FIND_PATCH for one that was cleaned.
@@ -50,7 +53,7 @@ func (h *Handler) openBase(ctx context.Context, uuid xapi.UUID) (base, func(), e
 		release()
 		return base{}, nil, err
 	}
-	return base{p}, release, nil
+	return base{p, rec.VDI}, release, nil
 }
 
 // planBase makes sure that the base of a delta is there, and decides whether

@@ -124,19 +124,23 @@ func (r *run) input(p plan) (in input, release func(), err error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	return &undelta{r: delta.NewDecoder(r, base, base.Size()), feed: r}, release, nil
+	return &undelta{r: delta.NewDecoder(r, base, base.Size()), feed: r, vdi: base.vdi}, release, nil
 }
 
 // undelta is the signed file that a delta makes of its base.
 type undelta struct {
 	r    io.Reader
 	feed input
+	vdi  xapi.Ref // of the base
 	n    int64
 }
 
 func (u *undelta) Read(p []byte) (int, error) {
 	n, err := u.r.Read(p)
 	u.n += int64(n)
+	if errors.Is(err, delta.ErrBase) {
+		err = xapi.NewError(xapi.VDIContentChanged, string(u.vdi), "it is not the base that the delta was made for").Because(err)
+	}
 	return n, err
 }
 
