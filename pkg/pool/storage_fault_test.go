@@ -96,10 +96,9 @@ var operations = []operation{
 // effect is left to fail: a failed call left everything as it was, or was
 // completed after all; a restart finds nothing to repair but what the call said.
 func TestEveryOperationFailingAtEveryEffectLeavesNothing(t *testing.T) {
-	r := newRig(t)
 	for i, op := range operations {
 		t.Run(op.name, func(t *testing.T) {
-			r.t = t
+			r := newRig(t)
 			s := r.scene(fmt.Sprint(i))
 			for n := 0; ; n++ {
 				left, at := n, ""
@@ -135,10 +134,9 @@ func TestEveryOperationFailingAtEveryEffectLeavesNothing(t *testing.T) {
 // The same where nothing works any more from effect n on, as when the storage
 // goes away: what cannot be undone then is undone at the next start.
 func TestEveryOperationWithStorageGoneIsUndoneAtTheNextStart(t *testing.T) {
-	r := newRig(t)
 	for i, op := range operations {
 		t.Run(op.name, func(t *testing.T) {
-			r.t = t
+			r := newRig(t)
 			s := r.scene(fmt.Sprint(i))
 			for n := 0; ; n++ {
 				left, fired := n, false
@@ -167,10 +165,9 @@ func TestEveryOperationWithStorageGoneIsUndoneAtTheNextStart(t *testing.T) {
 // The same where the process dies at effect n: nothing of the call runs any
 // more, no undo either, and the next start must make up for it.
 func TestEveryOperationKilledAtEveryEffectIsUndoneAtTheNextStart(t *testing.T) {
-	r := newRig(t)
 	for i, op := range operations {
 		t.Run(op.name, func(t *testing.T) {
-			r.t = t
+			r := newRig(t)
 			s := r.scene(fmt.Sprint(i))
 			for n := 0; ; n++ {
 				left, died := n, true
