@@ -13,9 +13,15 @@
 //
 // The bytes go straight to their place in the image: neither root nor a mount
 // nor a loop device is needed, and memory does not grow with the size. The
-// filesystem around them is made by go-diskfs in memory (package comment of
-// layout.go) and is written last, so that an image that was not finished holds
-// no filesystem at all.
+// filesystem around them is made in memory, by go-diskfs or by mke2fs (layouter),
+// and is written last, so that an image that was not finished holds no filesystem
+// at all. While one goroutine receives, a second writes past the page cache and a
+// third makes the block map; only blocks with metadata in them are read back.
+//
+// An interrupted image is gone on with (Options.Done): where the bytes are
+// follows from the size of the image and the layout writer alone. A payload much
+// like an earlier one is written over a clone of its image (Options.Over), so
+// that the blocks that are the same stay shared.
 //
 // # Blocks, and what is made of them
 //

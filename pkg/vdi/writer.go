@@ -17,7 +17,9 @@ import (
 )
 
 const (
-	bufferSize = 4 * mib
+	// bufferSize is as fast as larger ones: what is hashed and written is still
+	// in the processor's cache.
+	bufferSize = mib
 	// buffers is how many there are: one is filled while others are hashed and written.
 	buffers = 4
 	// holePiece is the unit in which zeros are left out of the image.
@@ -85,8 +87,8 @@ type Options struct {
 	Layout LayoutKind
 	// Dom0 runs mke2fs; nil: only LayoutGo.
 	Dom0 dom0.Dom0
-	// Buffer is the size of one buffer in bytes; 0: the default. Flushed is
-	// behind Write by four buffers at most.
+	// Buffer is the size of one buffer in bytes, a multiple of 4096; 0: 1 MiB.
+	// Flushed is behind Write by four buffers at most.
 	Buffer int
 	// Done is how many bytes of the payload, a multiple of 4096, stand in the
 	// image already: an earlier Writer with the same size, expect and Layout

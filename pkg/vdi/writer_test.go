@@ -223,7 +223,7 @@ func checkEnd(t *testing.T, image string, size, n int64) {
 
 func TestWriteSizes(t *testing.T) {
 	eachLayout(t, func(t *testing.T, o Options) {
-		for _, n := range []int64{0, 1, 4095, 4096, 4097, 65536, mib - 1, mib, 3 * mib, bufferSize - 1, bufferSize, bufferSize + 1, 9*mib + 5} {
+		for _, n := range []int64{0, 1, 4095, 4096, 4097, 65536, mib - 1, mib, 3 * mib, 4*mib - 1, 4 * mib, 4*mib + 1, 9*mib + 5} {
 			for _, known := range []bool{true, false} {
 				t.Run(fmt.Sprintf("%d bytes, length known %v", n, known), func(t *testing.T) {
 					size, expect := Size(n), n
