@@ -11,9 +11,14 @@ import (
 	"pgregory.net/rapid"
 )
 
-// images gives a maker of image files for random tests; they are gone after the test.
+// images gives a maker of image files for tests of many images: in memory where
+// that can be, for each is synced. They are gone after the test.
 func images(t *testing.T) func(size int64) *os.File {
-	dir := t.TempDir()
+	dir, err := os.MkdirTemp("/dev/shm", "patchd-vdi-test")
+	if err != nil {
+		dir = t.TempDir()
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
 	var made []*os.File
 	t.Cleanup(func() {
 		for _, f := range made {
