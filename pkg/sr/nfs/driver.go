@@ -71,7 +71,7 @@ func (d *Driver) Probe(ctx context.Context, c sr.Config) (string, error) {
 		return "", err
 	}
 	found, err := call(ctx, m.gate, "probe", func(ctx context.Context) ([]probedSR, error) { return m.find(ctx) }, nil)
-	if err = errors.Join(err, m.close(context.WithoutCancel(ctx))); err != nil {
+	if err = m.leave(ctx, err); err != nil {
 		return "", err
 	}
 	text, err := xml.Marshal(probeResult{SRs: found})
@@ -124,7 +124,7 @@ func (d *Driver) Create(ctx context.Context, c sr.Config) error {
 		return err
 	}
 	err = m.do(ctx, "create", func(context.Context) error { return m.makeFolder() })
-	return errors.Join(err, m.close(context.WithoutCancel(ctx)))
+	return m.leave(ctx, err)
 }
 
 func (m *mount) folder() string { return filepath.Join(m.target, string(m.uuid)) }
@@ -166,13 +166,18 @@ func (d *Driver) Attach(ctx context.Context, c sr.Config) (sr.Repository, error)
 	if err != nil {
 		return nil, err
 	}
-	inner, err := call(ctx, m.gate, "attach", func(context.Context) (sr.Repository, error) {
+	inner, err := m.inside(ctx, c)
+	if err != nil {
+		return nil, m.leave(ctx, err)
+	}
+	return &repository{config: c, inner: inner, mount: m}, nil
+}
+
+// inside opens the SR's folder on the export.
+func (m *mount) inside(ctx context.Context, c sr.Config) (sr.Repository, error) {
+	return call(ctx, m.gate, "attach", func(context.Context) (sr.Repository, error) {
 		return file.Inside(m.folder(), c, nil)
 	}, func(late sr.Repository) { late.Detach(context.Background()) })
-	if err != nil {
-		return nil, errors.Join(err, m.close(context.WithoutCancel(ctx)))
-	}
-	return &repository{inner: inner, mount: m}, nil
 }
 
 // Destroy removes the SR's folder when no volume is in it.
@@ -184,5 +189,5 @@ func (d *Driver) Destroy(ctx context.Context, c sr.Config) error {
 	err = m.do(ctx, "destroy", func(ctx context.Context) error {
 		return (&file.Driver{}).Destroy(ctx, sr.Config{SR: c.SR, Device: map[string]string{"location": m.folder()}})
 	})
-	return errors.Join(err, m.close(context.WithoutCancel(ctx)))
+	return m.leave(ctx, err)
 }

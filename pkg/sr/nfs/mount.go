@@ -186,29 +186,34 @@ func explainMount(err error) error {
 	return err
 }
 
-// close lets go of the mount; the last one unmounts. forced: calls that do not
-// end hold it.
-func (m *mount) close(ctx context.Context) error {
+// leave lets go of the mount after a call that ended with err.
+func (m *mount) leave(ctx context.Context, err error) error {
+	_, cerr := m.close(context.WithoutCancel(ctx))
+	return errors.Join(err, cerr)
+}
+
+// close lets go of the mount; the last one unmounts. Unless gone it is as before.
+func (m *mount) close(ctx context.Context) (gone bool, err error) {
 	if err := m.take(ctx); err != nil {
-		return err
+		return false, err
 	}
 	defer func() { <-m.turn }()
 	if m.users > 1 {
 		m.users--
-		return nil
+		return true, nil
 	}
-	var err error
 	if !m.hung() {
 		err = m.do(ctx, "unmount", func(ctx context.Context) error { return m.dom0.Unmount(ctx, m.target) })
 	}
 	if m.hung() {
 		err = m.force(ctx)
 	}
-	if err == nil || !m.mounted() {
-		m.users--
-		os.Remove(m.target) // nothing is mounted there: this folder is ours and empty
+	if err != nil && m.mounted() {
+		return false, err
 	}
-	return err
+	m.users--
+	os.Remove(m.target) // nothing is mounted there: this folder is ours and empty
+	return true, err
 }
 
 func (m *mount) mounted() bool {
