@@ -182,6 +182,7 @@ func (r *run) deliver(ctx context.Context, in *intake, cut context.CancelCauseFu
 	default:
 		cut(context.Cause(r.ctx))
 		<-in.done
+		<-r.done // it may be over then
 	}
 	return in.err
 }

@@ -9,6 +9,7 @@ import (
 	"os"
 	"strconv"
 	"testing"
+	"time"
 
 	"github.com/patchd/patchd/pkg/task"
 	"github.com/patchd/patchd/pkg/xapi"
@@ -32,21 +33,12 @@ func TestTusClientIsKilled(t *testing.T) {
 
 func TestTusRestarts(t *testing.T) {
 	e := newTusEnv(t)
-	shapes := messages(t, nil)
-	images := 0
-	for name := range shapes {
+	for name, shape := range shapes {
 		t.Run(name, func(t *testing.T) {
 			e.env.t = t
 			uuid := xapi.NewUUID()
-			payload := program(uuid, 3*mib+123)
-			message := messages(t, payload)[name]
-			if name == "clear-signed" {
-				var err error
-				payload = program(uuid, 0)
-				if message, err = gpg(payload, "-u", signer, "--clearsign"); err != nil {
-					t.Fatal(err)
-				}
-			}
+			payload := payloadFor(name, uuid, 3*mib+123)
+			message := shape(t, payload)
 			location := e.create(len(message))
 			ref := e.head(location).header.Get("Task-Id")
 			sent := 0
@@ -72,10 +64,9 @@ func TestTusRestarts(t *testing.T) {
 				t.Errorf("task %v %v", rec.Status, rec.ErrorInfo)
 			}
 		})
-		images++
 	}
 	e.env.t = t
-	e.clean(images)
+	e.clean(len(shapes))
 }
 
 func TestTusRestartWithAllBytesFinishesByItself(t *testing.T) {
@@ -163,9 +154,10 @@ func TestTusWhatIsLostIsRemovedAtStart(t *testing.T) {
 
 func TestTusManyUploadsAtOnce(t *testing.T) {
 	e := newTusEnv(t)
+	e.handler.liveOnes = make(chan struct{}, 3)
 	message := sign(t, program(xapi.NewUUID(), 20000), "-z", "0")
 	var locations []string
-	for range maxLive + 8 { // more than may be in memory
+	for range 8 { // more than may be in memory
 		location := e.create(len(message))
 		if a := e.send(location, 0, message[:9000]); a.status != 204 {
 			t.Fatalf("%d %s", a.status, a.text)
@@ -184,4 +176,70 @@ func TestTusManyUploadsAtOnce(t *testing.T) {
 		}
 	}
 	e.clean(0)
+}
+
+// slowly begins a request whose body never ends, and gives its answer.
+func (e *tusEnv) slowly(location string, first []byte) (<-chan answer, *io.PipeWriter) {
+	e.t.Helper()
+	pr, pw := io.Pipe()
+	got := make(chan answer, 1)
+	go func() {
+		a, _ := e.try(context.Background(), http.MethodPatch, location, pr, "Content-Type", offsetStream, "Upload-Offset", "0")
+		got <- a
+	}()
+	if _, err := pw.Write(first); err != nil {
+		e.t.Fatal(err)
+	}
+	e.await("the first bytes", func() bool { return e.head(location).offset(e.t) == int64(len(first)) })
+	return got, pw
+}
+
+func TestTusDeleteEndsTheRequestAtWork(t *testing.T) {
+	e := newTusEnv(t)
+	location := e.create(mib)
+	first, pw := e.slowly(location, sign(t, program(xapi.NewUUID(), mib), "-z", "0")[:1000])
+	if a := e.do(http.MethodDelete, location, nil); a.status != 204 {
+		t.Errorf("DELETE: %d %s", a.status, a.text)
+	}
+	pw.Close()
+	if a := <-first; a.status != 410 && a.status != 0 {
+		t.Errorf("the request at work: %d %s", a.status, a.text)
+	}
+	e.clean(0)
+}
+
+func TestTusStopWhileARequestIsAtWork(t *testing.T) {
+	e := newTusEnv(t)
+	uuid := xapi.NewUUID()
+	payload := program(uuid, mib)
+	message := sign(t, payload, "-z", "0")
+	location := e.create(len(message))
+	first, pw := e.slowly(location, message[:1000])
+	e.tasks.Stop()
+	e.handler.Close()
+	pw.Close()
+	if a := <-first; a.status != 503 && a.status != 0 {
+		t.Errorf("the request at work: %d %s", a.status, a.text)
+	}
+	e.restart()
+	at := e.head(location).offset(t)
+	if at != 1000 {
+		t.Errorf("offset %d after the restart, want 1000", at)
+	}
+	e.finished(e.send(location, at, message[at:]), uuid, payload, len(message))
+	e.clean(1)
+}
+
+func TestTusStall(t *testing.T) {
+	e := newTusEnv(t)
+	e.handler.Stall = 50 * time.Millisecond
+	location := e.create(mib)
+	first, pw := e.slowly(location, sign(t, program(xapi.NewUUID(), mib), "-z", "0")[:1000])
+	if a := <-first; a.status != 408 || a.problem.Code != xapi.Timeout {
+		t.Errorf("a client that sends nothing: %d %s", a.status, a.text)
+	}
+	pw.Close()
+	if a := e.head(location); a.offset(t) != 1000 {
+		t.Errorf("what came before does not count: %v", a.header)
+	}
 }

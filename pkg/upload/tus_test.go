@@ -59,22 +59,12 @@ func (e *tusEnv) checkPatch(rec pool.Patch, payload []byte) {
 
 func TestTusUploadInParts(t *testing.T) {
 	e := newTusEnv(t)
-	payload := program(xapi.NewUUID(), 3*mib)
-	for name, message := range messages(t, payload) {
+	for name, shape := range shapes {
 		t.Run(name, func(t *testing.T) {
 			e.env.t = t
 			uuid := xapi.NewUUID()
-			payload := payload
-			if name == "clear-signed" {
-				payload = program(uuid, 0)
-				var err error
-				if message, err = gpg(payload, "-u", signer, "--clearsign"); err != nil {
-					t.Fatal(err)
-				}
-			} else {
-				payload = program(uuid, 3*mib)
-				message = messages(t, payload)[name]
-			}
+			payload := payloadFor(name, uuid, 3*mib)
+			message := shape(t, payload)
 			location := e.create(len(message), "filename", "../x/a patch.asc")
 			part := len(message)/3 + 1
 			var last answer
@@ -98,7 +88,7 @@ func TestTusUploadInParts(t *testing.T) {
 		})
 	}
 	e.env.t = t
-	e.clean(len(messages(t, nil)))
+	e.clean(len(shapes))
 }
 
 func TestTusKnownDigestSendsNothing(t *testing.T) {
