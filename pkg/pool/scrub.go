@@ -17,11 +17,10 @@ type ScrubOptions struct {
 }
 
 const (
-	// scrubGrace is how long an image is left alone that was never looked at:
-	// whoever has made it works with it now.
+	// scrubGrace is how long an image is left alone that was never looked at,
+	// for whoever has made it works with it now, or that could not be read.
 	scrubGrace = 10 * time.Minute
-	// scrubAgain is when an image is tried again that was wanted by somebody else,
-	// or whose SR did not answer.
+	// scrubAgain is when an image is tried again that was wanted by somebody else.
 	scrubAgain = time.Minute
 )
 
@@ -76,6 +75,9 @@ func (s *scrub) next() (ref xapi.Ref, due time.Time, rev int64, err error) {
 				continue
 			}
 			at, known := s.notBefore[it.Ref]
+			if rec.Checked.After(s.Now()) {
+				rec.Checked = time.Time{} // the clock was set back
+			}
 			if !known && rec.Checked.IsZero() {
 				at = s.Now().Add(min(scrubGrace, s.Interval))
 			}
@@ -154,11 +156,25 @@ func (s *scrub) look(ctx context.Context, ref xapi.Ref) {
 		log.Debug("the scrub has found the image good")
 	case wanted || xapi.Is(err, xapi.HandleInvalid):
 		log.Debug("the scrub has given way")
+		return
 	default:
-		log.WithError(err).Warn("the image could not be scrubbed; it is tried again")
+		s.failed(ctx, l, err)
+		s.notBefore[ref] = s.Now().Add(min(scrubGrace, s.Interval))
+		return
 	}
-	if err == nil {
-		s.notBefore[ref] = s.Now().Add(s.Interval)
+	s.notBefore[ref] = s.Now().Add(s.Interval)
+}
+
+// failed sees to an image that could not be looked at. One that is gone is
+// marked so, as SR.scan does, and is left alone until it is there again.
+func (s *scrub) failed(ctx context.Context, l look, err error) {
+	log := s.Log.WithField("VDI", l.rec.UUID)
+	log.WithError(err).Warn("the image could not be scrubbed")
+	if !xapi.Is(err, xapi.VDIMissing) {
+		return
+	}
+	if err := s.changeVDI(ctx, l.ref, func(rec *VDI) { rec.Missing = true }); err != nil {
+		log.WithError(err).Warn("that the image is gone could not be recorded")
 	}
 }
 

@@ -378,6 +378,11 @@ func TestScrubLooksAtEveryImageAgainAndAgain(t *testing.T) {
 	})
 	now := r.Now()
 	r.until("again", checkedAfter(second, now))
+	r.drop(second, sr.Live)
+	r.until("one that is gone", func(v *store.View) bool {
+		rec, err := store.Get[VDI](v, ClassVDI, second)
+		return err == nil && rec.Missing
+	})
 }
 
 func TestScrubGivesWay(t *testing.T) {
