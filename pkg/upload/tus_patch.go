@@ -218,9 +218,11 @@ func (d *delivery) await(r *run) {
 	case <-u.over:
 	case <-stopped:
 	case <-c.r.Context().Done():
-		return // it asks again
 	}
 	end := u.outcome()
+	if end == nil && c.r.Context().Err() != nil {
+		return // it asks again
+	}
 	if end == nil {
 		c.tusRefuse(task.ErrStopping)
 		return
