@@ -3,6 +3,7 @@ package vdi
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"os/exec"
@@ -17,6 +18,8 @@ import (
 
 	"golang.org/x/sys/unix"
 	"pgregory.net/rapid"
+
+	"github.com/patchd/patchd/pkg/xapi"
 )
 
 func timeOf(*rapid.T) time.Time { return time.Unix(1<<33, 999) }
@@ -205,6 +208,91 @@ func TestNothingRunsOnAfterAbort(t *testing.T) {
 			}
 			cancel()
 			quiet(t, before)
+		}
+	})
+}
+
+// A payload that ends around the end of a row of free blocks: of the first
+// group, and after the fifth, where the extent tree gets a block of its own.
+func TestWriteEndsAtTheEdgeOfARow(t *testing.T) {
+	eachLayout(t, func(t *testing.T, o Options) {
+		l, err := newLayout(context.Background(), gib, o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var edges []int64
+		taken := int64(0)
+		for len(edges) < 6 {
+			r, err := l.next()
+			if errors.Is(err, errNoBlocks) {
+				break
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := l.take(r.count); err != nil {
+				t.Fatal(err)
+			}
+			taken += r.count
+			edges = append(edges, taken*blockSize)
+		}
+		edges[len(edges)-1] -= 2 * blockSize // of the last row there may be no more
+		for _, i := range []int{0, len(edges) - 3, len(edges) - 2, len(edges) - 1} {
+			for _, d := range []int64{-blockSize - 1, -1, 0, 1, blockSize} {
+				n := edges[i] + d
+				t.Run(fmt.Sprintf("row %d %+d", i, d), func(t *testing.T) {
+					f, _ := writeWith(t, o, gib, -1, io.MultiReader(io.LimitReader(zeroReader{}, n-9000), payload(9000)))
+					fsck(t, f.Name())
+					checkEnd(t, f.Name(), n, 9000)
+				})
+			}
+		}
+	})
+}
+
+// capacity is how many bytes an image of size bytes holds.
+func capacity(t *testing.T, o Options, size int64) int64 {
+	t.Helper()
+	l, err := newLayout(context.Background(), size, o)
+	taken := int64(0)
+	for err == nil {
+		var r run
+		if r, err = l.next(); err == nil {
+			taken += r.count
+			err = l.take(r.count)
+		}
+	}
+	if !errors.Is(err, errNoBlocks) {
+		t.Fatal(err)
+	}
+	return taken * blockSize
+}
+
+func TestWriteFillsTheWholeImageAndRefusesMore(t *testing.T) {
+	eachLayout(t, func(t *testing.T, o Options) {
+		for _, size := range []int64{4 * mib, 200 * mib, 700 * mib} {
+			t.Run(fmt.Sprint(size/mib, " MiB"), func(t *testing.T) {
+				f := fresh(t, size)
+				w, err := NewWriter(context.Background(), f, size, -1, o)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer w.Abort()
+				held := capacity(t, o, size)
+				_, err = io.Copy(w, io.LimitReader(zeroReader{}, held+1))
+				if err == nil {
+					_, err = w.Finish(context.Background())
+				}
+				if !xapi.Is(err, xapi.MessageTooLarge) || !strings.Contains(err.Error(), "gpg -z 0") {
+					t.Fatalf("one byte too much for the image gives %v", err)
+				}
+				if held < size*9/10 && size > 4*mib {
+					t.Errorf("an image of %d bytes holds only %d", size, held)
+				}
+				g, _ := writeWith(t, o, size, -1, io.MultiReader(io.LimitReader(zeroReader{}, held-5000), payload(5000)))
+				fsck(t, g.Name())
+				checkEnd(t, g.Name(), held, 5000)
+			})
 		}
 	})
 }
