@@ -85,7 +85,11 @@ func (p *Pool) VDIDestroy(ctx context.Context, ref xapi.Ref) error {
 	if err != nil && !p.dropped(ctx, intentRef) {
 		return err
 	}
-	return p.finishDestroy(ctx, repo, intentRef)
+	if err := p.finishDestroy(ctx, repo, intentRef); err != nil {
+		return err
+	}
+	p.forgetDamage(ctx, rec)
+	return nil
 }
 
 // dropped tells whether a transaction whose answer was lost has taken place.

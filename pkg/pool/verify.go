@@ -179,16 +179,37 @@ func (p *Pool) noteReport(ctx context.Context, looked VDI, r VerifyReport, mende
 	return nil
 }
 
-// tellDamage replaces the messages about the damage of an image by what holds now.
-func (p *Pool) tellDamage(tx *store.Tx, rec VDI, mended string) error {
+// untellDamage removes the messages about the damage of an image.
+func untellDamage(tx *store.Tx, id xapi.UUID) error {
 	for _, it := range tx.List(ClassMessage) {
 		var m Message
 		if err := it.Decode(&m); err != nil {
 			return err
 		}
-		if m.ObjUUID == rec.UUID && (m.Name == MessageVDIDamaged || m.Name == MessageVDIRepaired) {
+		if m.ObjUUID == id && (m.Name == MessageVDIDamaged || m.Name == MessageVDIRepaired) {
 			tx.Delete(ClassMessage, it.Ref)
 		}
+	}
+	return nil
+}
+
+// forgetDamage removes what was said about an image that is gone for good.
+func (p *Pool) forgetDamage(ctx context.Context, rec VDI) {
+	if rec.Map == "" || rec.Checked.IsZero() && rec.Damage == "" {
+		return
+	}
+	ctx, cancel := after(ctx)
+	defer cancel()
+	err := p.Store.Update(ctx, func(tx *store.Tx) error { return untellDamage(tx, rec.UUID) })
+	if err != nil {
+		p.Log.WithError(err).WithField("VDI", rec.UUID).Warn("the messages about the damage of a destroyed VDI could not be removed: remove them by hand")
+	}
+}
+
+// tellDamage replaces the messages about the damage of an image by what holds now.
+func (p *Pool) tellDamage(tx *store.Tx, rec VDI, mended string) error {
+	if err := untellDamage(tx, rec.UUID); err != nil {
+		return err
 	}
 	var where SR
 	if err := tx.Get(ClassSR, rec.SR, &where); err != nil && !xapi.Is(err, xapi.HandleInvalid) {

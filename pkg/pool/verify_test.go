@@ -203,6 +203,10 @@ func TestOneMessageForADamageAsLongAsItStands(t *testing.T) {
 	}
 	r.flip(ref, sr.Live, vdi.MapBlock)
 	r.verifies("more damage", ref, 2, "2 of the image's")
+	r.must(r.VDIDestroy(t.Context(), ref))
+	if now := r.messages(); len(now) != 0 {
+		t.Errorf("the image is gone, and still: %q", now)
+	}
 }
 
 func TestRepairTakesBlocksWhereverTheyAre(t *testing.T) {
