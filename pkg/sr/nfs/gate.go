@@ -67,8 +67,8 @@ func (g *gate) hung() bool {
 // silent is the error about a server that does not answer. It holds
 // errors.Is(err, os.ErrDeadlineExceeded).
 func (g *gate) silent(verb, what string) error {
-	err := fmt.Errorf("%s: %s: %w", g.name(), verb, os.ErrDeadlineExceeded)
-	return xapi.NewError(xapi.SRBackendFailure, "1", "", fmt.Sprintf("%s: %s: the server does not answer: %s", g.name(), verb, what)).Because(err)
+	text := fmt.Sprintf("%s: %s: the server does not answer: %s", g.name(), verb, what)
+	return xapi.NewError(xapi.SRBackendFailure, "1", "", text).Because(os.ErrDeadlineExceeded)
 }
 
 // refuse gives the error of a call that need not be tried.
