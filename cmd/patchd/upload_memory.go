@@ -63,8 +63,12 @@ func (m memory) remember(key string, b begun) error {
 	return m.change(func(all map[string]begun) { all[key] = b })
 }
 
-// forget drops an upload that has ended.
+// forget drops an upload that has ended. What is not there needs no writing.
 func (m memory) forget(key string) error {
+	all, err := m.read()
+	if _, ok := all[key]; err == nil && !ok {
+		return nil
+	}
 	return m.change(func(all map[string]begun) { delete(all, key) })
 }
 
