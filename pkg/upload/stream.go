@@ -43,6 +43,9 @@ type patchUpload struct {
 	in        input
 	length    int64  // of the signed file in bytes; -1: not known
 	requested string // SR
+	// syncs tells that Read of in syncs the image writer, which must not be
+	// reading then.
+	syncs bool
 
 	where   sr.Candidate
 	repo    sr.Repository
@@ -192,7 +195,11 @@ func noRoom(where sr.Candidate, err error) error {
 
 // fill streams the payload into the image, checks it and asks it what it is.
 func (u *patchUpload) fill(ctx context.Context, w *vdi.Writer, path string) (err error) {
-	if err := u.stream(ctx, w); err != nil {
+	to := io.Writer(w)
+	if u.syncs {
+		to = struct{ io.Writer }{w} // without ReadFrom
+	}
+	if err := u.stream(ctx, to); err != nil {
 		return u.noRoom(err)
 	}
 	if u.image, err = w.Finish(ctx); err != nil {

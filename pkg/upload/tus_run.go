@@ -75,7 +75,7 @@ func (r *run) work() (xapi.Ref, error) {
 		return "", err
 	}
 	defer release()
-	pu := &patchUpload{h: r.u.h, in: in, length: p.Size}
+	pu := &patchUpload{h: r.u.h, in: in, length: p.Size, syncs: true}
 	if pu.where, pu.repo, err = r.u.h.findSR(r.ctx, p.SR); err != nil {
 		return "", err
 	}
