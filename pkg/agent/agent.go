@@ -24,6 +24,7 @@ type Coordinator interface {
 	Jobs(host xapi.Ref) (jobs []pool.Assignment, rev int64, err error)
 	WaitChange(ctx context.Context, rev int64) error
 	JobByUUID(id xapi.UUID) (xapi.Ref, pool.Job, bool)
+	JobPromise(ctx context.Context, job xapi.Ref, want pool.Promise) (found int64, err error)
 	JobClaim(ctx context.Context, job xapi.Ref) (attempt int64, err error)
 	JobReport(ctx context.Context, job xapi.Ref, progress float64, tail string) error
 	JobRequeue(ctx context.Context, job xapi.Ref) error

@@ -91,17 +91,19 @@ func (e *execution) launch(entry *Entry) error {
 	if err != nil {
 		return err
 	}
-	if entry.Plan, err = MakePlan(facts); err != nil {
+	entry.Work = sr.Work(sr.Owner{Pool: j.Pool, Host: j.Host, Job: e.id}, xapi.NewUUID())
+	if entry.Plan, err = e.plan(facts, entry.Work.VDI); err != nil {
 		return err
 	}
-	entry.Work = sr.Work(sr.Owner{Pool: j.Pool, Host: j.Host, Job: e.id}, xapi.NewUUID())
 	if err := a.journal.begin(*entry); err != nil {
 		return fmt.Errorf("journal job %s: %w", e.id, err)
 	}
+	where := facts.nameOf(entry.Plan.Target)
 	run, err := e.prepare(*entry, srs)
 	if err != nil {
-		return err
+		return inSR(where, err)
 	}
+	run.SR = where
 	if err := a.journal.order(e.id, run); err != nil {
 		return err
 	}
@@ -109,6 +111,34 @@ func (e *execution) launch(entry *Entry) error {
 		return err
 	}
 	return e.spawn()
+}
+
+// plan makes a plan whose room the pool has promised to the work volume. Where an
+// SR has promised its room to others, the next one that would do is asked.
+func (e *execution) plan(f Facts, work xapi.UUID) (Plan, error) {
+	for {
+		p, err := MakePlan(f)
+		if err != nil || p.Target.IsNull() {
+			return p, err
+		}
+		found, err := e.agent.Coordinator.JobPromise(e.ctx, f.Assignment.Ref, pool.Promise{
+			SR: p.Target, Room: p.Room, Work: work, Clone: p.Way == WayClone, Free: f.free(p.Target),
+		})
+		if err != nil || found >= p.Room {
+			return p, err
+		}
+		f.lower(p.Target, found)
+	}
+}
+
+// inSR gives err the words of OUT_OF_SPACE ["SR name (uuid)"] when it says that
+// the SR called where is full; an error with another code stays as it is.
+func inSR(where string, err error) error {
+	var known *xapi.Error
+	if where == "" || !sr.NoSpace(err) || errors.As(err, &known) && known.Code != xapi.OutOfSpace {
+		return err
+	}
+	return xapi.NewError(xapi.OutOfSpace, where).Because(err)
 }
 
 // facts looks at the SRs plugged here. Where the one that holds the patch clones
@@ -133,7 +163,10 @@ func (e *execution) facts(j pool.Assignment) (map[xapi.Ref]sr.Repository, Facts,
 			e.agent.Log.WithError(err).WithField("SR", s.UUID).Warn("an SR does not answer and is not used")
 			continue
 		}
-		fact := SRFact{Ref: s.Ref, Shared: s.Shared, Free: st.Free, Clones: sr.Has(s.Repository.Features(), sr.VDIClone)}
+		fact := SRFact{
+			Ref: s.Ref, Name: fmt.Sprintf("%s (%s)", s.NameLabel, s.UUID), Shared: s.Shared,
+			Free: st.Free, Clones: sr.Has(s.Repository.Features(), sr.VDIClone),
+		}
 		repos[s.Ref] = s.Repository
 		f.SRs = append(f.SRs, fact)
 		if holds(s) && fact.Clones {

@@ -1,8 +1,10 @@
 package agent
 
 import (
+	"errors"
 	"fmt"
 	"sort"
+	"strings"
 
 	"github.com/patchd/patchd/pkg/pool"
 	"github.com/patchd/patchd/pkg/xapi"
@@ -38,9 +40,10 @@ type Facts struct {
 // SRFact is one SR attached to this host.
 type SRFact struct {
 	Ref    xapi.Ref
+	Name   string // as errors name it: "name (uuid)"
 	Shared bool
 	Clones bool
-	Free   int64 // bytes
+	Free   int64 // bytes that are free and, as far as is known, promised to nobody
 }
 
 // headroom is what is asked for beyond the bytes themselves: filesystem
@@ -50,7 +53,8 @@ const headroom = 8 << 20
 // MakePlan decides how this host gets the image. It changes nothing and asks
 // nobody. Codes: CANNOT_FIND_PATCH when neither VDI nor file is there,
 // HOST_CANNOT_SEE_SR [host, SR] when the VDI's SR is not attached here,
-// PATCH_PRECHECK_FAILED_OUT_OF_SPACE [patch, found, required].
+// PATCH_PRECHECK_FAILED_OUT_OF_SPACE [patch, found, required], whose cause names
+// the SRs.
 func MakePlan(f Facts) (Plan, error) {
 	a := f.Assignment
 	if a.VDI == nil {
@@ -85,15 +89,17 @@ func planFetch(f Facts) (Plan, error) {
 func planInto(f Facts, p Plan, targets []SRFact) (Plan, error) {
 	p.Room += headroom
 	var best int64
+	var looked []string
 	for _, t := range targets {
 		if t.Free >= p.Room {
 			p.Target = t.Ref
 			return p, nil
 		}
 		best = max(best, t.Free)
+		looked = append(looked, fmt.Sprintf("%s: %d bytes are free and promised to nobody, %d are needed", t.Name, t.Free, p.Room))
 	}
 	return Plan{}, xapi.NewError(xapi.PrecheckFailedOutOfSpace,
-		string(f.Assignment.PatchRef), fmt.Sprint(best), fmt.Sprint(p.Room))
+		string(f.Assignment.PatchRef), fmt.Sprint(best), fmt.Sprint(p.Room)).Because(errors.New(strings.Join(looked, "; ")))
 }
 
 // scratchOf is the scratch room of a patch: what its `info` says, else once
@@ -112,6 +118,26 @@ func (f Facts) find(ref xapi.Ref) (SRFact, bool) {
 		}
 	}
 	return SRFact{}, false
+}
+
+// nameOf is how errors name an SR; "" when it is none of these.
+func (f Facts) nameOf(ref xapi.Ref) string {
+	s, _ := f.find(ref)
+	return s.Name
+}
+
+func (f Facts) free(ref xapi.Ref) int64 {
+	s, _ := f.find(ref)
+	return s.Free
+}
+
+// lower tells of an SR that less of it is free than was seen, in bytes.
+func (f Facts) lower(ref xapi.Ref, free int64) {
+	for i := range f.SRs {
+		if f.SRs[i].Ref == ref {
+			f.SRs[i].Free = min(f.SRs[i].Free, free)
+		}
+	}
 }
 
 // copyTargets orders the SRs a copy may go to: local ones first, the source

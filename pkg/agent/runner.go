@@ -28,6 +28,7 @@ type Run struct {
 	Patch    xapi.UUID    `json:"patch"`
 	Host     xapi.UUID    `json:"host"`
 	Image    string       `json:"image"`             // the private image, writable
+	SR       string       `json:"sr,omitempty"`      // that holds it, as errors name it
 	VDIRef   xapi.Ref     `json:"vdi_ref,omitempty"` // of the golden image it was made of
 
 	// Check asks for the image to be verified; it is false only when the golden

@@ -108,7 +108,7 @@ func (p *Pool) NewDraft(ctx context.Context, n NewVDI, o DraftOptions) (*Draft, 
 	if n.VirtualSize <= 0 {
 		return nil, xapi.NewError(xapi.InvalidValue, "virtual_size", fmt.Sprint(n.VirtualSize))
 	}
-	d, err := p.begin(ctx, n, Intent{Kind: IntentDraft, Expires: o.Expires.UTC(), Note: maps.Clone(o.Note)})
+	d, err := p.begin(ctx, n, Intent{Kind: IntentDraft, Expires: o.Expires.UTC(), Note: maps.Clone(o.Note), Clone: !o.CloneOf.IsNull()})
 	if err != nil {
 		return nil, err
 	}

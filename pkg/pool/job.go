@@ -44,6 +44,11 @@ type Job struct {
 	// VDI is the golden image the job reads, for as long as it is not done.
 	VDI   xapi.Ref `json:"VDI,omitempty"`
 	State JobState `json:"state"`
+	// What the job is promised by JobPromise, until it is done or queued again.
+	SR    xapi.Ref  `json:"SR,omitempty"`    // where its work volume lies
+	Room  int64     `json:"room,omitempty"`  // bytes there, those the volume takes already included
+	Work  xapi.UUID `json:"work,omitempty"`  // of that volume
+	Clone bool      `json:"clone,omitempty"` // it began with the blocks of VDI, which are not its own
 	// Attempt counts the claims; an agent never acts on a lower one than it has seen.
 	Attempt int64 `json:"attempt"`
 	// Resumes tells that the job starts again when it was interrupted before
@@ -200,17 +205,18 @@ func (p *Pool) JobClaim(ctx context.Context, ref xapi.Ref) (attempt int64, err e
 }
 
 // JobRequeue puts a claimed job of which nothing has run back into the queue.
-// One that is done stays so.
+// What it was promised is free again. One that is done stays so.
 func (p *Pool) JobRequeue(ctx context.Context, ref xapi.Ref) error {
 	return p.Store.Update(ctx, func(tx *store.Tx) error {
 		var job Job
 		if err := tx.Get(ClassJob, ref, &job); err != nil {
 			return err
 		}
-		if job.State != JobClaimed {
+		if job.State == JobDone {
 			return nil
 		}
 		job.State = JobQueued
+		job.release()
 		tx.Put(ClassJob, ref, job)
 		return nil
 	})
@@ -260,6 +266,7 @@ func (p *Pool) JobFinish(ctx context.Context, ref xapi.Ref, o Outcome) error {
 		}
 		job.State, job.Finished, job.Progress = JobDone, p.Now(), 1
 		job.Output, job.Tail, job.VDI = o.Output, "", ""
+		job.release()
 		if o.Err != nil {
 			job.Error = o.Err.Description()
 		}

@@ -299,7 +299,7 @@ func (p *Pool) assertIdle(ctx context.Context, ref xapi.Ref, repo sr.Repository)
 				return err
 			}
 			rec, err := store.Get[VDI](v, ClassVDI, job.VDI)
-			if err == nil && rec.SR == ref && job.State != JobDone {
+			if (err == nil && rec.SR == ref || job.SR == ref) && job.State != JobDone {
 				return busy
 			}
 		}

@@ -93,6 +93,7 @@ func Indexes() []store.Index {
 		{Class: ClassJob, Field: "host"},
 		{Class: ClassJob, Field: "patch"},
 		{Class: ClassJob, Field: "VDI"},
+		{Class: ClassJob, Field: "SR"},
 	}
 }
 

@@ -55,6 +55,7 @@ type Intent struct {
 	Note    map[string]string `json:"note,omitempty"`         // of a draft: what its owner must know to go on
 	Attempt int64             `json:"attempt,omitempty"`      // counts the failed ones: a late commit of one is refused
 	Source  xapi.Ref          `json:"source,omitempty"`       // of a copy: the VDI that is read
+	Clone   bool              `json:"clone,omitempty"`        // of a draft: it began with blocks of another VDI
 	Task    xapi.Ref          `json:"task,omitempty"`         // of a copy: that goes on with it after a crash
 
 	// The SR of IntentMakeSR and IntentRemoveSR.
