@@ -40,6 +40,7 @@ type body struct {
 	reported int64
 	deadline time.Time
 	err      error
+	stop     context.CancelFunc // ends a Read that waits for the client, and all later ones
 	unhook   func() bool
 }
 
@@ -50,12 +51,16 @@ func (c *call) newBody(ctx context.Context, t *task.Handle) *body {
 	if b.length == unknownLength {
 		b.length, b.openEnd = -1, true
 	}
+	b.ctx, b.stop = context.WithCancel(ctx)
 	// A Read that waits for the client ends when the task does.
-	b.unhook = context.AfterFunc(ctx, func() { b.rc.SetReadDeadline(time.Unix(1, 0)) })
+	b.unhook = context.AfterFunc(b.ctx, func() { b.rc.SetReadDeadline(time.Unix(1, 0)) })
 	return b
 }
 
-func (b *body) close() { b.unhook() }
+func (b *body) close() {
+	b.unhook()
+	b.stop()
+}
 
 func (b *body) size() int64 { return b.n }
 
@@ -103,9 +108,11 @@ func (b *body) judge(err error) error {
 }
 
 // end makes sure that the body ends here, as its length said.
-func (b *body) end() error {
+func (b *body) end() error { return ends(b) }
+
+func ends(r io.Reader) error {
 	var one [1]byte
-	n, err := b.Read(one[:])
+	n, err := r.Read(one[:])
 	switch {
 	case n > 0:
 		return errors.New("data after the end")

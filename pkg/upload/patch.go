@@ -40,8 +40,10 @@ func (h *Handler) patchUpload(w http.ResponseWriter, r *http.Request) {
 		defer leave()
 		b := c.newBody(ctx, t)
 		defer b.close()
-		u := &patchUpload{h: h, in: b, length: b.length, requested: requestedSR(r)}
-		if made, err = u.run(ctx); err != nil {
+		in := readAhead(b)
+		u := &patchUpload{h: h, in: in, length: b.length, requested: requestedSR(r)}
+		made, err = u.run(ctx)
+		if in.close(); err != nil {
 			b.drain()
 		}
 		return "<value>" + string(made) + "</value>", err

@@ -227,25 +227,16 @@ func (u *patchUpload) attest() {
 
 // stream copies the payload until its signature holds, and watches the room.
 func (u *patchUpload) stream(ctx context.Context, w io.Writer) error {
-	buf := make([]byte, copyChunk)
-	for looked := int64(0); ; {
-		n, err := u.message.Read(buf)
-		if n > 0 {
-			if _, werr := w.Write(buf[:n]); werr != nil {
-				return werr
-			}
-		}
+	for {
+		_, err := io.CopyN(w, u.message, roomEvery)
 		if err == io.EOF {
 			break
 		}
+		if err == nil {
+			err = u.checkRoom(ctx, headroom/2)
+		}
 		if err != nil {
 			return err
-		}
-		if u.message.Size()-looked >= roomEvery {
-			looked = u.message.Size()
-			if err := u.checkRoom(ctx, headroom/2); err != nil {
-				return err
-			}
 		}
 	}
 	if err := u.in.end(); err != nil {
