@@ -136,7 +136,7 @@ func (v *victim) checkImage(t testing.TB, k *told, rec lab.Record) {
 	if k.cleaned == yes {
 		t.Errorf("patch %s was cleaned and has a VDI", k.UUID)
 	}
-	path := image(v.s, rec["VDI"].(string))
+	path := v.imageOf(rec["VDI"].(string))
 	payload, err := exec.Command("debugfs", "-R", "cat patch", path).Output()
 	if sum := sha256.Sum256(payload); err != nil || hex.EncodeToString(sum[:]) != k.digest {
 		t.Errorf("%s does not hold the payload of %s: %v", path, k.UUID, err)
@@ -148,6 +148,14 @@ func (v *victim) checkImage(t testing.TB, k *told, rec lab.Record) {
 	if sum != k.golden {
 		t.Errorf("the golden image of %s has changed", k.UUID)
 	}
+}
+
+// imageOf is the file of a VDI.
+func (v *victim) imageOf(vdi string) string {
+	if v.where != nil {
+		return v.where(vdi)
+	}
+	return image(v.s, vdi)
 }
 
 // checkApplied compares what was done to the host with stampfile and record.

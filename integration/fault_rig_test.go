@@ -65,6 +65,7 @@ type victim struct {
 	runner   string         // of runners
 	trace    string
 	restarts int
+	where    func(vdi string) string // the file of a VDI; nil: on the first SR
 }
 
 // newVictim starts a host with fault injection in it. dir may be "".
