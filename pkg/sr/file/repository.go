@@ -192,7 +192,7 @@ func (r *repository) Strangers(ctx context.Context, limit int) (names []string, 
 	}
 	defer leave()
 	err = eachName(r.folder, func(name string) bool {
-		if n, ours := volumeName(name); name == markerName || ours && isVolume(r.folder, n) {
+		if n, ours := volumeName(name); name == markerName || name == "lost+found" || ours && isVolume(r.folder, n) {
 			return true
 		}
 		total++
