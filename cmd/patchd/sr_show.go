@@ -8,7 +8,8 @@ import (
 )
 
 // showSR prints the record of an SR with what its PBDs know: where it lies, and
-// what was tried out when it was plugged.
+// what was tried out when it was plugged; and with its room: what may still be
+// written, and how much of that is promised.
 func (g *global) showSR(ctx context.Context, c *client, ref string, rec record) error {
 	pbds, err := c.all(ctx, "PBD")
 	if err != nil {
@@ -34,5 +35,13 @@ func (g *global) showSR(ctx context.Context, c *client, ref string, rec record) 
 	size, _ := strconv.ParseInt(rec.text("physical_size"), 10, 64)
 	used, _ := strconv.ParseInt(rec.text("physical_utilisation"), 10, 64)
 	rec["free"] = strconv.FormatInt(max(0, size-used), 10)
+	if plugged, _ := rec["plugged"].(bool); plugged {
+		var room map[string]string
+		if err := c.call(ctx, &room, "patchd.sr_room", ref); err != nil {
+			rec["room_failed"] = err.Error()
+		} else {
+			rec["free"], rec["promised"] = room["free"], room["promised"]
+		}
+	}
 	return g.printRecord(os.Stdout, ref, rec)
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math"
 	"slices"
 	"strings"
 
@@ -148,9 +149,17 @@ func (p *Pool) examineSR(ctx context.Context, ref xapi.Ref, about Finding) ([]Fi
 		about.Check, about.OK, about.Text = check, ok, fmt.Sprintf(format, args...)
 		return about
 	}
-	out := []Finding{say("room", stat.Free >= lowRoom, "plugged; %s may still be written", bytesText(stat.Free))}
+	promised, err := p.promised(ctx, repo, ref, math.MaxInt64)
+	if err != nil {
+		return nil, err
+	}
+	of := ""
+	if promised > 0 {
+		of = fmt.Sprintf(", and %s of it are promised to uploads, copies and jobs", bytesText(promised))
+	}
+	out := []Finding{say("room", stat.Free >= lowRoom, "plugged; %s may still be written%s", bytesText(stat.Free), of)}
 	if stat.Free < lowRoom {
-		out[0] = say("room", false, "only %s may still be written: remove disk images there (`patchd vdi list`), or set another default SR", bytesText(stat.Free))
+		out[0] = say("room", false, "only %s may still be written%s: remove disk images there (`patchd vdi list`), or set another default SR", bytesText(stat.Free), of)
 	}
 	found := p.sortVolumes(before, volumes)
 	for _, k := range []struct {

@@ -104,6 +104,21 @@ func (p *Pool) Promised(ctx context.Context, ref xapi.Ref) (int64, error) {
 	return p.promised(ctx, repo, ref, math.MaxInt64)
 }
 
+// SRRoom is what of an SR may still be written, and how much of that is promised,
+// in bytes. Codes: those of Promised.
+func (p *Pool) SRRoom(ctx context.Context, ref xapi.Ref) (free, promised int64, err error) {
+	repo, release, err := p.useSR(ref)
+	if err != nil {
+		return 0, 0, err
+	}
+	defer release()
+	if promised, err = p.promised(ctx, repo, ref, math.MaxInt64); err != nil {
+		return 0, 0, err
+	}
+	stat, err := repo.Stat(ctx)
+	return stat.Free, promised, err
+}
+
 // promised counts the intents that were recorded before a moment, and all jobs:
 // one that came later has left room for those before it.
 func (p *Pool) promised(ctx context.Context, repo sr.Repository, ref xapi.Ref, before int64) (sum int64, err error) {

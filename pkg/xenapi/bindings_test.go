@@ -38,6 +38,7 @@ func TestEachMessageCallsItsMethod(t *testing.T) {
 			map[string]any{"VDI": a, "uuid": string(made[10:]), "map": "m", "checked": "20260102T03:04:05Z", "damage": "d"},
 			map[string]any{"VDI": a, "uuid": "", "map": "m", "checked": "", "damage": ""},
 		}},
+		{"patchd.sr_room", []any{a}, "SRRoom(" + a + ")", map[string]any{"free": "7", "promised": "5"}},
 		{"SR.probe", []any{b, m, "file"}, "SRProbe(" + b + ", map[k:v], file, map[])", "text"},
 		{"SR.forget", []any{a}, "SRForget(" + a + ")", nil},
 		{"SR.destroy", []any{a}, "SRDestroy(" + a + ")", nil},

@@ -269,6 +269,11 @@ func (p *fakePool) VDIRepair(_ context.Context, vdi xapi.Ref) error {
 	return nil
 }
 
+func (p *fakePool) SRRoom(_ context.Context, sr xapi.Ref) (free, promised int64, err error) {
+	p.note("SRRoom", sr)
+	return 7, 5, nil
+}
+
 func (p *fakePool) VDIChecks() ([]pool.VDICheck, error) {
 	p.note("VDIChecks")
 	at := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)

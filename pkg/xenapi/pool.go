@@ -14,6 +14,7 @@ type Pool interface {
 	StoragePool
 	VDIPool
 	VerifyPool
+	RoomPool
 	MessageCreate(ctx context.Context, name string, priority int64, cls string, object xapi.UUID, body string) (xapi.Ref, error)
 	MessageDestroy(ctx context.Context, message xapi.Ref) error
 }
