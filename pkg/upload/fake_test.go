@@ -30,6 +30,8 @@ func (p *fakePool) SRCandidates(context.Context) (xapi.Ref, []sr.Candidate, erro
 
 func (p *fakePool) Repository(xapi.Ref) (sr.Repository, error) { return p.repo, nil }
 
+func (p *fakePool) Promised(context.Context, xapi.Ref) (int64, error) { return 0, nil }
+
 func (p *fakePool) NewVDI(ctx context.Context, n pool.NewVDI) (ref xapi.Ref, err error) {
 	var undo xapi.Undo
 	defer func() { err = undo.Close(ctx, err) }()

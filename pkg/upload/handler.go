@@ -30,6 +30,8 @@ type Pool interface {
 	SRCandidates(ctx context.Context) (defaultSR xapi.Ref, cs []sr.Candidate, err error)
 	// Repository gives an SR that is plugged on this host.
 	Repository(ref xapi.Ref) (sr.Repository, error)
+	// Promised is what of an SR's free bytes is promised to work under way.
+	Promised(ctx context.Context, sr xapi.Ref) (int64, error)
 	// NewVDI makes a VDI and fills it; on any failure nothing is left.
 	NewVDI(ctx context.Context, n pool.NewVDI) (xapi.Ref, error)
 	// IntroducePatch writes the record of a patch, to be used in NewVDI.Commit.

@@ -146,6 +146,7 @@ func (h *Handler) importNew(ctx context.Context, in content, requested string) (
 	}
 	ref, err := h.Pool.NewVDI(ctx, pool.NewVDI{
 		SR:          u.where.Ref,
+		Room:        headroom, // more is taken as it comes: how much of it is zeros nobody knows
 		VirtualSize: (in.size() + mib - 1) / mib * mib,
 		VDI:         pool.VDI{NameLabel: "Imported VDI", Type: "user", OtherConfig: map[string]string{}},
 		Fill: func(ctx context.Context, f *os.File, _ string) error {

@@ -78,6 +78,7 @@ func (u *patchUpload) run(ctx context.Context) (xapi.Ref, error) {
 	_, err = u.h.Pool.NewVDI(ctx, pool.NewVDI{
 		SR:          u.where.Ref,
 		VirtualSize: size,
+		Room:        u.room(),
 		VDI:         beingUploaded(),
 		Fill: func(ctx context.Context, f *os.File, path string) error {
 			w, err := vdi.NewWriter(ctx, f, size, length, vdi.Options{Layout: u.h.Layout, Dom0: u.h.Dom0})
@@ -144,6 +145,13 @@ func (u *patchUpload) choose(ctx context.Context, need int64) error {
 	return u.checkRoom(ctx, need+need/20+headroom)
 }
 
+// room is what the upload is promised, in bytes. Without a length it takes what
+// is promised to nobody, as it comes.
+func (u *patchUpload) room() int64 {
+	need := max(u.length, 0)
+	return need + need/20 + headroom
+}
+
 // chooseSR finds the SR that the client named, or that is right without a name.
 func (h *Handler) chooseSR(ctx context.Context, requested string) (sr.Candidate, sr.Repository, error) {
 	def, candidates, err := h.Pool.SRCandidates(ctx)
@@ -166,13 +174,34 @@ func (h *Handler) chooseSR(ctx context.Context, requested string) (sr.Candidate,
 	return sr.Candidate{}, nil, xapi.NewError(xapi.HandleInvalid, pool.ClassSR, string(ref))
 }
 
+// checkRoom makes sure that need bytes are free, and promised to nobody else.
 func (u *patchUpload) checkRoom(ctx context.Context, need int64) error {
+	promised, err := u.h.Pool.Promised(ctx, u.where.Ref)
+	if err != nil {
+		return fmt.Errorf("room on SR %s: %w", u.where.UUID, err)
+	}
 	st, err := u.repo.Stat(ctx)
 	if err != nil {
 		return fmt.Errorf("room on SR %s: %w", u.where.UUID, err)
 	}
-	if st.Free < need {
-		return outOfSpace(u.where).Because(fmt.Errorf("%d bytes are free, %d are needed", st.Free, need))
+	if st.Free-promised < need {
+		return outOfSpace(u.where).Because(fmt.Errorf("%d bytes are needed, %d are free, of which %d are promised to others", need, st.Free, promised))
+	}
+	return nil
+}
+
+// watchRoom ends an upload when the SR gets full: also by somebody else, where
+// it was promised all its room, else when what is left is promised to others.
+func (u *patchUpload) watchRoom(ctx context.Context) error {
+	if u.expect() < 0 {
+		return u.checkRoom(ctx, headroom/2)
+	}
+	st, err := u.repo.Stat(ctx)
+	if err != nil {
+		return fmt.Errorf("room on SR %s: %w", u.where.UUID, err)
+	}
+	if st.Free < headroom/2 {
+		return outOfSpace(u.where).Because(fmt.Errorf("%d bytes are free, %d are needed", st.Free, headroom/2))
 	}
 	return nil
 }
@@ -233,7 +262,7 @@ func (u *patchUpload) stream(ctx context.Context, w io.Writer) error {
 			break
 		}
 		if err == nil {
-			err = u.checkRoom(ctx, headroom/2)
+			err = u.watchRoom(ctx)
 		}
 		if err != nil {
 			return err
