@@ -150,7 +150,7 @@ func (r *runner) attest(signer string) {
 // succeeded. text is "" when all is well.
 func (r *runner) sound(ctx context.Context) (text string, err error) {
 	if err := r.dom0.SyncFS(ctx, r.mnt); err != nil {
-		return "the scratch room could not be written to the storage repository: " + err.Error(), err
+		return "the scratch room could not be written to " + r.where() + ": " + err.Error(), err
 	}
 	space, err := r.dom0.Space(r.mnt)
 	if err != nil {
@@ -158,7 +158,36 @@ func (r *runner) sound(ctx context.Context) (text string, err error) {
 	}
 	if space.ReadOnly {
 		err := errors.New("the filesystem of the image has become read-only")
-		return "the scratch room has become read-only, as it does after an I/O error of the storage repository", err
+		return "the scratch room has become read-only, as it does after an I/O error of " + r.where(), err
 	}
 	return "", nil
+}
+
+// where names the storage repository that holds the scratch room, and tells when
+// it is full.
+func (r *runner) where() string {
+	if r.run.SR == "" {
+		return "the filesystem of the state directory"
+	}
+	space, err := r.dom0.Space(filepath.Dir(r.run.Image))
+	if err == nil && space.Free < fullBelow {
+		return fmt.Sprintf("storage repository %s, which has %d bytes free", r.run.SR, space.Free)
+	}
+	return "storage repository " + r.run.SR
+}
+
+// fullBelow is the room with which a storage repository is called full, in bytes.
+const fullBelow = headroom
+
+// unsound is what a failed verb is told to have failed of when its scratch room
+// is not sound: what the patch itself says of that is worth less. "" when it is.
+func (r *runner) unsound(ctx context.Context) string {
+	text, err := r.sound(ctx)
+	if err == nil {
+		return ""
+	}
+	if out := r.out.Text(); out != "" {
+		text += ". The patch said: " + out
+	}
+	return text
 }

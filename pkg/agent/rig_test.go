@@ -380,6 +380,11 @@ func (c *coordinator) JobClaim(ctx context.Context, job xapi.Ref) (n int64, err 
 	return n, err
 }
 
+func (c *coordinator) JobPromise(ctx context.Context, job xapi.Ref, want pool.Promise) (found int64, err error) {
+	err = c.call("promise", func() error { found, err = c.Coordinator.JobPromise(ctx, job, want); return err })
+	return found, err
+}
+
 func (c *coordinator) JobRequeue(ctx context.Context, job xapi.Ref) error {
 	return c.call("requeue", func() error { return c.Coordinator.JobRequeue(ctx, job) })
 }

@@ -160,7 +160,7 @@ func (r *runner) steps(ctx context.Context, undo *xapi.Undo, res *Result) error 
 	}
 	res.Checked = true
 	if err := os.Mkdir(filepath.Join(r.mnt, "scratch"), 0o700); err != nil {
-		return err
+		return fmt.Errorf("make the scratch room on %s: %w", r.where(), err)
 	}
 	if err := r.precheck(ctx, res); err != nil || r.run.Kind == pool.JobPrecheck {
 		return err
@@ -221,6 +221,9 @@ func (r *runner) precheck(ctx context.Context, res *Result) error {
 			fmt.Sprintf("precheck did not end within %s and was killed: %s", r.run.Timeouts.Precheck, r.out.Text()))
 	}
 	if err := patch.PrecheckError(r.run.PatchRef, exitOf(end), stdout, r.out.Text()); err != nil {
+		if text := r.unsound(ctx); text != "" {
+			return xapi.NewError(xapi.PrecheckFailedUnknownError, string(r.run.PatchRef), text).Because(err)
+		}
 		return err
 	}
 	if text, err := r.sound(ctx); err != nil {
@@ -254,6 +257,9 @@ func (r *runner) apply(ctx context.Context, res *Result) error {
 			fmt.Sprintf("apply did not end within %s and was killed: %s", r.run.Timeouts.Apply, r.out.Text()))
 	}
 	if err := patch.ApplyError(exitOf(end), r.out.Text()); err != nil {
+		if text := r.unsound(ctx); text != "" {
+			return xapi.NewError(xapi.PatchApplyFailed, text).Because(err)
+		}
 		return err
 	}
 	if text, err := r.sound(ctx); err != nil {

@@ -65,7 +65,7 @@ func (e *execution) undo(entry Entry, cause error) error {
 		if c := context.Cause(e.ctx); c != nil && xapi.Is(c, xapi.TaskCancelled) {
 			cause = c
 		}
-		if err := e.finish(entry.Assignment, pool.Outcome{Err: xapi.AsError(cause)}); err != nil {
+		if err := e.finish(entry.Assignment, pool.Outcome{Err: xapi.AsError(cause), Output: whyFull(cause)}); err != nil {
 			return err
 		}
 	}
@@ -74,6 +74,16 @@ func (e *execution) undo(entry Entry, cause error) error {
 		return cleanup
 	}
 	return a.journal.end(e.id)
+}
+
+// whyFull tells which SRs had too little room for a job: the parameters of that
+// error have no place for it.
+func whyFull(err error) string {
+	var e *xapi.Error
+	if !errors.As(err, &e) || e.Code != xapi.PrecheckFailedOutOfSpace || e.Unwrap() == nil {
+		return ""
+	}
+	return e.Unwrap().Error()
 }
 
 func (e *execution) finish(j pool.Assignment, o pool.Outcome) error {

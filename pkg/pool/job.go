@@ -393,8 +393,14 @@ func (p *Pool) followJob(ctx context.Context, ref xapi.Ref) (Job, error) {
 			job, err = store.Get[Job](v, ClassJob, ref)
 			return err
 		})
-		if err != nil || job.State == JobDone {
+		if err != nil {
 			return job, err
+		}
+		if job.State == JobDone {
+			if job.Err() != nil && job.Output != "" {
+				t.Output(job.Output)
+			}
+			return job, nil
 		}
 		t.Progress(job.Progress)
 		if job.Tail != "" {
