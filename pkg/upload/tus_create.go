@@ -249,11 +249,7 @@ func (h *Handler) create(ctx context.Context, sess *session.Session, p plan, req
 
 // newDraft makes the draft of an upload.
 func (h *Handler) newDraft(ctx context.Context, p plan, expires time.Time) (*pool.Draft, error) {
-	note, err := p.note()
-	if err != nil {
-		return nil, err
-	}
-	o := pool.DraftOptions{Expires: expires, Note: note}
+	o := pool.DraftOptions{Expires: expires}
 	expect := p.expect()
 	if p.Over {
 		rec, _, err := h.patchByUUID(p.Base)
@@ -262,8 +258,14 @@ func (h *Handler) newDraft(ctx context.Context, p plan, expires time.Time) (*poo
 		}
 		o.CloneOf, expect = rec.VDI, p.Size
 	}
+	size := vdi.Size(expect)
+	p.Layout = h.Layout.For(size, h.Dom0)
+	var err error
+	if o.Note, err = p.note(); err != nil {
+		return nil, err
+	}
 	return h.Drafts.NewDraft(ctx, pool.NewVDI{
-		SR: p.SR, VDI: beingUploaded(), VirtualSize: vdi.Size(expect), Room: p.Size + p.Size/20 + headroom,
+		SR: p.SR, VDI: beingUploaded(), VirtualSize: size, Room: p.Size + p.Size/20 + headroom,
 	}, o)
 }
 

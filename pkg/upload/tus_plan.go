@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/patchd/patchd/pkg/pool"
+	"github.com/patchd/patchd/pkg/vdi"
 	"github.com/patchd/patchd/pkg/xapi"
 )
 
@@ -28,6 +29,8 @@ type plan struct {
 	Wide bool `json:"wide,omitempty"`
 	// Over tells that the image began as a clone of that of Base.
 	Over bool `json:"over,omitempty"`
+	// Layout is who laid out the image: who goes on has to do the same.
+	Layout vdi.LayoutKind `json:"layout,omitempty"`
 }
 
 // The keys of the note.

@@ -1,6 +1,7 @@
 package upload
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -75,7 +76,7 @@ func (r *run) work() (xapi.Ref, error) {
 		return "", err
 	}
 	defer release()
-	pu := &patchUpload{h: r.u.h, in: in, length: p.Size, syncs: true}
+	pu := &patchUpload{h: r.u.h, in: in, length: p.Size, syncs: true, task: p.Task}
 	if pu.where, pu.repo, err = r.u.h.findSR(r.ctx, p.SR); err != nil {
 		return "", err
 	}
@@ -169,7 +170,7 @@ func (r *run) begin(compressed bool) error {
 // write makes the image writer, with done bytes of the payload there already.
 func (r *run) write(done int64) (err error) {
 	p := r.u.plan
-	o := vdi.Options{Layout: r.u.h.Layout, Dom0: r.u.h.Dom0, Buffer: resumableBuffer, Done: done, Over: p.Over}
+	o := vdi.Options{Layout: cmp.Or(p.Layout, r.u.h.Layout), Dom0: r.u.h.Dom0, Buffer: resumableBuffer, Done: done, Over: p.Over}
 	// What is in the buffers still goes to the disk when the run is told to stop.
 	r.writer, err = vdi.NewWriter(context.WithoutCancel(r.ctx), r.draft.File(), r.draft.Size(), p.expect(), o)
 	r.fresh = false

@@ -64,7 +64,7 @@ func newLayout(ctx context.Context, size int64, o Options) (layouter, error) {
 	case LayoutMke2fs:
 		return newMke2fsLayout(ctx, o.Dom0, size)
 	}
-	if size < autoMke2fs || o.Dom0 == nil || mke2fsPath() == "" {
+	if o.Layout.For(size, o.Dom0) == LayoutGo {
 		return newGoLayout(size)
 	}
 	l, err := newMke2fsLayout(ctx, o.Dom0, size)
@@ -73,6 +73,18 @@ func newLayout(ctx context.Context, size int64, o Options) (layouter, error) {
 	}
 	// An old mke2fs without hugefiles: what it made is not used.
 	return newGoLayout(size)
+}
+
+// For is the layout writer that kind means for an image of size bytes on this
+// machine: LayoutAuto chooses.
+func (kind LayoutKind) For(size int64, d dom0.Dom0) LayoutKind {
+	if kind != LayoutAuto {
+		return kind
+	}
+	if size < autoMke2fs || d == nil || mke2fsPath() == "" {
+		return LayoutGo
+	}
+	return LayoutMke2fs
 }
 
 // CheckLayout tells whether images can be laid out as kind says on this
