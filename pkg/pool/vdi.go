@@ -11,6 +11,7 @@ import (
 
 	"github.com/patchd/patchd/pkg/sr"
 	"github.com/patchd/patchd/pkg/store"
+	"github.com/patchd/patchd/pkg/task"
 	"github.com/patchd/patchd/pkg/xapi"
 )
 
@@ -65,7 +66,7 @@ func (p *Pool) VDICreate(ctx context.Context, rec VDI) (xapi.Ref, error) {
 		return "", err
 	}
 	rec.IsASnapshot, rec.SnapshotOf, rec.SnapshotTime = false, xapi.NullRef, xapi.Epoch
-	return p.NewVDI(ctx, NewVDI{SR: rec.SR, VDI: rec, VirtualSize: size})
+	return p.NewVDI(ctx, NewVDI{SR: rec.SR, VDI: rec, VirtualSize: size, Commit: settling(task.FromContext(ctx).Ref(), nil)})
 }
 
 // VDIDestroy destroys a VDI. A patch in it stays as a record that names no VDI.

@@ -41,7 +41,7 @@ func (h *Handler) patchUpload(w http.ResponseWriter, r *http.Request) {
 		b := c.newBody(ctx, t)
 		defer b.close()
 		in := readAhead(b)
-		u := &patchUpload{h: h, in: in, length: b.length, requested: requestedSR(r)}
+		u := &patchUpload{h: h, in: in, length: b.length, requested: requestedSR(r), task: t.Ref()}
 		made, err = u.run(ctx)
 		if in.close(); err != nil {
 			b.drain()

@@ -156,7 +156,9 @@ func (h *Handler) importNew(ctx context.Context, in content, requested string) (
 			}
 			return u.noRoom(err)
 		},
-		Commit: func(*store.Tx, xapi.Ref) error { return nil },
+		Commit: func(tx *store.Tx, ref xapi.Ref) error {
+			return task.Settle(tx, task.FromContext(ctx).Ref(), string(ref))
+		},
 	})
 	return ref, u.noRoom(err)
 }

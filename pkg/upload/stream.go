@@ -13,6 +13,7 @@ import (
 	"github.com/patchd/patchd/pkg/pool"
 	"github.com/patchd/patchd/pkg/sr"
 	"github.com/patchd/patchd/pkg/store"
+	"github.com/patchd/patchd/pkg/task"
 	"github.com/patchd/patchd/pkg/vdi"
 	"github.com/patchd/patchd/pkg/xapi"
 )
@@ -46,6 +47,7 @@ type patchUpload struct {
 	// syncs tells that Read of in syncs the image writer, which must not be
 	// reading then.
 	syncs bool
+	task  xapi.Ref // whose result the pool_patch is
 
 	where   sr.Candidate
 	repo    sr.Repository
@@ -279,6 +281,7 @@ func (u *patchUpload) stream(ctx context.Context, w io.Writer) error {
 }
 
 // commit writes the record of the patch in the transaction that shows the VDI.
+// A restart before the task has ended is no failure of it then.
 func (u *patchUpload) commit(tx *store.Tx, ref xapi.Ref) error {
 	sig := u.message.Signature()
 	patchRef, err := u.h.Pool.IntroducePatch(tx, pool.Patch{
@@ -301,5 +304,5 @@ func (u *patchUpload) commit(tx *store.Tx, ref xapi.Ref) error {
 	rec.NameDescription = u.info.NameDescription
 	rec.OtherConfig["patchd-patch-uuid"] = string(u.info.UUID)
 	tx.Put(pool.ClassVDI, ref, rec)
-	return nil
+	return task.Settle(tx, u.task, string(patchRef))
 }
