@@ -149,9 +149,17 @@ func (s *soaker) putPatch(t *testing.T, r *rand.Rand) {
 	if gone {
 		body = io.MultiReader(io.LimitReader(body, r.Int63n(int64(len(k.signed)))), broken{})
 	}
-	a, err := s.s.Put("/pool_patch_upload", url.Values{"sr_uuid": {sr.uuid}}, body, int64(len(k.signed)))
+	query := url.Values{"sr_uuid": {sr.uuid}}
+	if v, err := s.s.Try("task.create", "upload", ""); err == nil && r.Intn(2) == 0 {
+		k.task = v.(string)
+		query.Set("task_id", k.task)
+	}
+	a, err := s.s.Put("/pool_patch_upload", query, body, int64(len(k.signed)))
 	if e := a.Err(); err == nil && e != nil {
 		err = e
+	}
+	if err == nil && k.task != "" {
+		_, err = s.follow(k.task)
 	}
 	s.mu.Lock()
 	if k.uploaded = heard(err); gone {

@@ -48,6 +48,7 @@ type gold struct {
 	*told
 	data   []byte   // behind its script
 	file   string   // the signed patch
+	task   string   // that tells how a PUT ended
 	vdi    string   // ref, at the last check; "" before the first
 	resume []string // the command of a client that was killed
 	away   bool     // damaged in this round: others let it be
@@ -248,18 +249,28 @@ func (s *soaker) settle(t *testing.T, r *rand.Rand) {
 	}
 	s.endUploads(t, way == 1)
 	s.allEnded(t)
+	for _, k := range s.golds {
+		if k.task != "" && k.uploaded == maybe {
+			k.uploaded, _ = s.outcome(k.task)
+		}
+	}
 	for _, it := range s.things {
 		it.away = false
 		if it.task == "" || it.made != maybe {
 			continue
 		}
-		switch rec := s.s.Call("task.get_record", it.task).(map[string]any); rec["status"] {
-		case "success":
-			it.made, it.ref = yes, plain(rec["result"].(string))
-		default:
-			it.made = no
-		}
+		it.made, it.ref = s.outcome(it.task)
 	}
+}
+
+// outcome is what a task that has ended tells.
+func (s *soaker) outcome(task string) (answer, string) {
+	s.T.Helper()
+	rec := s.s.Call("task.get_record", task).(map[string]any)
+	if rec["status"] != "success" {
+		return no, ""
+	}
+	return yes, plain(rec["result"].(string))
 }
 
 // endUploads ends the uploads that nobody goes on with: when they may expire it
