@@ -1,0 +1,82 @@
+package integration
+
+import (
+	"bytes"
+	"fmt"
+	"net/http"
+	"net/url"
+	"strings"
+	"testing"
+
+	"github.com/patchd/patchd/integration/lab"
+)
+
+// A daemon that is killed right after the transaction that makes an upload or an
+// import true, and before the task of it has ended: the task tells of success
+// after the restart, for the thing is there.
+func TestB6_WhatIsThereIsNoFailure(t *testing.T) {
+	t.Parallel()
+	v := newVictim(t, lab.Options{})
+	sr := defaultSR(v.s)
+	uploads := &tusClient{Host: v.Host}
+	ways := map[string]struct {
+		class string
+		do    func() // with a task of its own
+	}{
+		"PUT": {"pool_patch", func() { v.upload(v.fresh(lab.Patch{Pad: 1000}), true) }},
+		"resumable": {"pool_patch", func() {
+			k := v.fresh(lab.Patch{Pad: 1000})
+			res, err := uploads.request(http.MethodPost, "/pool_patch_uploads", "Upload-Length", fmt.Sprint(len(k.signed)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			uploads.location = res.Header.Get("Location")
+			uploads.send(k.signed, 0, 1, nil)
+		}},
+		"import": {"VDI", func() {
+			task := v.s.Call("task.create", "import", "").(string)
+			v.s.Put("/import_raw_vdi", url.Values{"task_id": {task}, "sr_id": {sr}}, bytes.NewReader(random(1<<20)), 1<<20)
+			v.follow(task)
+		}},
+		"create": {"VDI", func() {
+			task := v.s.Call("Async.VDI.create", map[string]any{"SR": sr, "virtual_size": fmt.Sprint(4 << 20), "name_label": "x"}).(string)
+			v.follow(task)
+		}},
+	}
+	for way, w := range ways {
+		t.Run(way, func(t *testing.T) {
+			v.let("x", "")
+			mark := v.mark()
+			w.do()
+			all, _ := v.lists(mark)
+			nth := 0
+			for i, renamed := 0, strings.LastIndex(strings.Join(all, " ")+" ", "sr.rename.done "); i < len(all); i++ {
+				if all[i] == "store.update.done" {
+					nth++
+					if len(strings.Join(all[:i], " ")) > renamed {
+						break // the commit
+					}
+				}
+			}
+			before, tasks := v.s.All(w.class), v.s.All("task")
+			v.let(fmt.Sprintf("die@store.update.done#%d", nth), "")
+			w.do()
+			<-v.Exited()
+			v.up()
+			made := ""
+			for ref := range v.s.All(w.class) {
+				if before[ref] == nil {
+					made = ref
+				}
+			}
+			if made == "" {
+				t.Fatalf("update %d of %v is not the commit", nth, all)
+			}
+			for ref, rec := range v.s.All("task") {
+				if tasks[ref] == nil && (rec["status"] != "success" || plain(rec["result"].(string)) != made) {
+					t.Errorf("%s was made, and the task says %v", made, rec)
+				}
+			}
+		})
+	}
+}
