@@ -1,12 +1,15 @@
 package vdi
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"crypto/sha256"
 	"fmt"
 	"slices"
 	"time"
+
+	"github.com/patchd/patchd/pkg/xapi"
 )
 
 // Finish waits until every byte is written, writes the filesystem around them
@@ -101,7 +104,9 @@ func (w *Writer) finishMap(ctx context.Context, end ending) (*Map, error) {
 }
 
 // readMixed hashes the blocks with metadata or with a part of the payload in
-// them. All others of a fresh image are zeros. Those with payload are read back.
+// them. All others of a fresh image are zeros. Those with payload are read back;
+// that they are still what was written is made sure, for the map vouches for
+// what the signature was verified over, whatever the storage does.
 func (w *Writer) readMixed(ctx context.Context, p *pages, add func(int64, [sha256.Size]byte)) error {
 	known := map[string][sha256.Size]byte{}
 	buf := make([]byte, MapBlock)
@@ -110,18 +115,48 @@ func (w *Writer) readMixed(ctx context.Context, p *pages, add func(int64, [sha25
 			return err
 		}
 		data := buf[:min(MapBlock, w.length-index*MapBlock)]
-		if !w.sums.mixed[index] {
+		if w.sums.mixed[index] == nil {
 			add(index, p.sum(data, index, meta, known))
 			continue
 		}
 		if _, err := w.f.ReadAt(data, index*MapBlock); err != nil {
 			return fmt.Errorf("read block %d back: %w", index, err)
 		}
+		if !w.unchanged(p, index, meta, data) {
+			return xapi.NewError(xapi.VDIIOError, fmt.Sprintf("block %d of the image is not what was written to it a moment ago", index))
+		}
 		if !isZero(data) {
 			add(index, sha256.Sum256(data))
 		}
 	}
 	return nil
+}
+
+// unchanged tells whether data, which was read back, is what was written to a
+// block of the map: its stretches of the payload, those pages, and zeros else.
+func (w *Writer) unchanged(p *pages, index int64, held []int64, data []byte) bool {
+	known := make([]bool, MapBlock/blockSize)
+	for _, c := range w.sums.mixed[index] {
+		if !c.holds(data) {
+			return false
+		}
+		for b := c.from / blockSize; b < blocksFor(c.to); b++ {
+			known[b] = true
+		}
+	}
+	for _, b := range held {
+		at := b*blockSize - index*MapBlock
+		if known[at/blockSize] || !bytes.Equal(data[at:at+blockSize], p.m[b]) {
+			return false
+		}
+		known[at/blockSize] = true
+	}
+	for b := range blocksFor(int64(len(data))) {
+		if !known[b] && !isZero(data[b*blockSize:min((b+1)*blockSize, int64(len(data)))]) {
+			return false
+		}
+	}
+	return true
 }
 
 // mixed gives the blocks of the map that are not wholly payload, and which

@@ -9,14 +9,35 @@ import (
 // blocks of the map whose bytes come one after another, from first to last.
 type mapper struct {
 	size   int64
-	blocks []Block        // whole, and not all zeros
-	whole  []run          // of blocks of the map, zeros too, neighbours joined
-	mixed  map[int64]bool // blocks of which only a part has come
+	blocks []Block             // whole, and not all zeros
+	whole  []run               // of blocks of the map, zeros too, neighbours joined
+	mixed  map[int64][]stretch // blocks of which only parts have come, and these
 
 	sum   hash.Hash
 	index int64 // the block that is being hashed
-	at    int64 // how far, in bytes; 0: none is
+	from  int64 // where that began within it
+	at    int64 // how far it is; from: none is being hashed
 	zero  bool  // it held only zeros so far
+}
+
+// stretch is a part of a block of the map as it was given: what is read back from
+// the storage counts only when it is still that.
+type stretch struct {
+	from, to int64 // bytes within the block
+	zero     bool
+	sum      [sha256.Size]byte // unless zero
+}
+
+// holds tells whether data, a whole block, has the stretch in its place.
+func (c stretch) holds(data []byte) bool {
+	if c.to > int64(len(data)) {
+		return false
+	}
+	data = data[c.from:c.to]
+	if c.zero {
+		return isZero(data)
+	}
+	return sha256.Sum256(data) == c.sum
 }
 
 // add takes bytes that go to off.
@@ -26,11 +47,8 @@ func (m *mapper) add(off int64, p []byte) {
 		length := min(MapBlock, m.size-index*MapBlock)
 		k := min(int64(len(p)), length-in)
 		switch {
-		case m.at > 0 && index == m.index && in == m.at:
+		case m.at > m.from && index == m.index && in == m.at:
 			m.update(p[:k], length)
-		case in != 0:
-			m.close()
-			m.mix(index)
 		case k == length:
 			m.close()
 			m.complete(index, isZero(p[:k]), func() [sha256.Size]byte { return sha256.Sum256(p[:k]) })
@@ -40,7 +58,7 @@ func (m *mapper) add(off int64, p []byte) {
 				m.sum = sha256.New()
 			}
 			m.sum.Reset()
-			m.index, m.zero = index, true
+			m.index, m.from, m.at, m.zero = index, in, in, true
 			m.update(p[:k], length)
 		}
 		p, off = p[k:], off+k
@@ -52,17 +70,27 @@ func (m *mapper) add(off int64, p []byte) {
 func (m *mapper) update(p []byte, length int64) {
 	if m.zero && !isZero(p) {
 		m.zero = false
-		for n := m.at; n > 0; n -= min(n, blockSize) {
+		for n := m.at - m.from; n > 0; n -= min(n, blockSize) {
 			m.sum.Write(zeroBlock[:min(n, blockSize)])
 		}
 	}
 	if !m.zero {
 		m.sum.Write(p)
 	}
-	if m.at += int64(len(p)); m.at == length {
-		m.at = 0
-		m.complete(m.index, m.zero, func() (s [sha256.Size]byte) { m.sum.Sum(s[:0]); return s })
+	if m.at += int64(len(p)); m.at < length {
+		return
 	}
+	if m.from > 0 {
+		m.close()
+		return
+	}
+	m.at = 0
+	m.complete(m.index, m.zero, m.digest)
+}
+
+func (m *mapper) digest() (s [sha256.Size]byte) {
+	m.sum.Sum(s[:0])
+	return s
 }
 
 func (m *mapper) complete(index int64, zero bool, sum func() [sha256.Size]byte) {
@@ -72,19 +100,20 @@ func (m *mapper) complete(index int64, zero bool, sum func() [sha256.Size]byte) 
 	}
 }
 
-// close gives up a block that is not whole.
+// close ends what is being hashed: a stretch of a block.
 func (m *mapper) close() {
-	if m.at > 0 {
-		m.at = 0
-		m.mix(m.index)
+	if m.at == m.from {
+		return
 	}
-}
-
-func (m *mapper) mix(index int64) {
+	c := stretch{from: m.from, to: m.at, zero: m.zero}
+	if !c.zero {
+		c.sum = m.digest()
+	}
 	if m.mixed == nil {
-		m.mixed = map[int64]bool{}
+		m.mixed = map[int64][]stretch{}
 	}
-	m.mixed[index] = true
+	m.mixed[m.index] = append(m.mixed[m.index], c)
+	m.from, m.at = 0, 0
 }
 
 // covers tells whether the whole of a block has passed.

@@ -296,3 +296,42 @@ func TestWriteFillsTheWholeImageAndRefusesMore(t *testing.T) {
 		}
 	})
 }
+
+// A storage that gives back something else than what was written to it does not
+// get that into the map: a host takes the payload of an image with this map for
+// verified.
+func TestTheMapIsOfWhatWasWritten(t *testing.T) {
+	eachLayout(t, func(t *testing.T, o Options) {
+		const size, n = 24 * mib, 5*mib + 70000
+		plain, _ := writeWith(t, o, size, n, payload(n))
+		p, err := OpenPayload(plain)
+		if err != nil {
+			t.Fatal(err)
+		}
+		start := p.runs[0].start * blockSize
+		for what, at := range map[string]int64{"the first byte": start, "the last whole block": start + n/blockSize*blockSize - 1, "behind the payload": start + n + 2*blockSize} {
+			f := fresh(t, size)
+			w, err := NewWriter(t.Context(), f, size, n, o)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := io.Copy(w, payload(n)); err != nil {
+				t.Fatal(err)
+			}
+			if err := w.Sync(); err != nil {
+				t.Fatal(err)
+			}
+			b := make([]byte, 1)
+			if _, err := f.ReadAt(b, at); err != nil {
+				t.Fatal(err)
+			}
+			b[0] ^= 1
+			if _, err := f.WriteAt(b, at); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := w.Finish(t.Context()); !xapi.Is(err, xapi.VDIIOError) {
+				t.Errorf("%s changed: %v", what, err)
+			}
+		}
+	})
+}
