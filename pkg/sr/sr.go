@@ -23,7 +23,9 @@
 //
 // Whatever carries a part or work name is ours and belongs to one job: when
 // that job is dead, the sweeper destroys it. A live name is never swept, and
-// never follows from what is inside a volume.
+// never follows from what is inside a volume. Working volumes need not outlive
+// a power failure, so that a driver may make and destroy them without a sync;
+// all else is durable when a call has returned.
 //
 // # Rules for every method
 //

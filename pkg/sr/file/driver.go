@@ -121,14 +121,14 @@ func create(path string, uuid xapi.UUID) error {
 	case found == uuid:
 		return nil
 	case found != "":
-		return inUse(fmt.Errorf("%s is SR %s", path, found))
+		return inUse(fmt.Errorf("%s is SR %s. Introduce that SR, or name another folder", path, found))
 	}
 	foreign, err := anything(folder)
 	if err != nil {
 		return err
 	}
 	if foreign != "" {
-		return inUse(fmt.Errorf("%s is not empty: there is %q", path, foreign))
+		return inUse(fmt.Errorf("%s is not empty: there is %q. Name an empty folder, or one that is not there yet", path, foreign))
 	}
 	err = writeMarker(folder, uuid)
 	if errors.Is(err, os.ErrExist) {
@@ -226,7 +226,7 @@ func destroy(ctx context.Context, path string, uuid xapi.UUID) error {
 	if len(volumes) > 0 {
 		return xapi.NewError(xapi.SRNotEmpty).Because(fmt.Errorf("%s holds volume %s", path, volumes[0].Name))
 	}
-	if err := unlink(folder, markerName); err != nil {
+	if err := unlink(folder, markerName, durable); err != nil {
 		return err
 	}
 	return removeFolder(path)

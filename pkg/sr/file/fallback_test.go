@@ -24,27 +24,27 @@ func TestFallbacks(t *testing.T) {
 			t.Errorf("%s holds %q, %v; want %q", name, b, err, content)
 		}
 	}
-	for _, make := range []func(*os.File, string, func(*os.File) error) error{fresh, freshNamed} {
-		if err := make(folder, "a", text("one")); err != nil {
+	for _, make := range []func(*os.File, string, keeping, func(*os.File) error) error{fresh, freshNamed} {
+		if err := make(folder, "a", durable, text("one")); err != nil {
 			t.Fatal(err)
 		}
-		if err := make(folder, "a", text("two")); !errors.Is(err, os.ErrExist) {
+		if err := make(folder, "a", durable, text("two")); !errors.Is(err, os.ErrExist) {
 			t.Errorf("made over an existing file: %v", err)
 		}
 		want("a", "one")
 		broken := errors.New("broken")
-		if err := make(folder, "b", func(*os.File) error { return broken }); !errors.Is(err, broken) {
+		if err := make(folder, "b", passing, func(*os.File) error { return broken }); !errors.Is(err, broken) {
 			t.Errorf("a failing fill: %v", err)
 		}
 		if _, err := os.Stat(filepath.Join(dir, "b")); !os.IsNotExist(err) {
 			t.Error("a failing fill left a file")
 		}
-		if err := unlink(folder, "a"); err != nil {
+		if err := unlink(folder, "a", durable); err != nil {
 			t.Fatal(err)
 		}
 	}
 	for name, content := range map[string]string{"from": "bytes", "other": "others"} {
-		if err := fresh(folder, name, text(content)); err != nil {
+		if err := fresh(folder, name, durable, text(content)); err != nil {
 			t.Fatal(err)
 		}
 	}

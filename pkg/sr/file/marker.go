@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/patchd/patchd/pkg/sr"
 	"github.com/patchd/patchd/pkg/xapi"
 )
 
@@ -46,59 +47,76 @@ func readMarker(folder *os.File) (xapi.UUID, error) {
 
 // writeMarker makes folder the SR of that uuid. An existing marker is os.ErrExist.
 func writeMarker(folder *os.File, uuid xapi.UUID) error {
-	return fresh(folder, markerName, func(f *os.File) error {
+	return fresh(folder, markerName, durable, func(f *os.File) error {
 		_, err := fmt.Fprintf(f, "%s%s\n", markerPrefix, uuid)
 		return err
 	})
 }
 
-// fresh makes a file that has its name only when fill has succeeded and its
-// bytes are on disk. An existing name is os.ErrExist and is left as it is.
-func fresh(folder *os.File, name string, fill func(f *os.File) error) (err error) {
+// keeping says what shall be left of a change after a power failure.
+type keeping bool
+
+const (
+	durable keeping = true
+	// passing is for working data, which is swept after a power failure: all
+	// or nothing of it may be left.
+	passing keeping = false
+)
+
+// keep is how changes of volume n are kept.
+func keep(n sr.Name) keeping { return keeping(n.Kind != sr.KindWork) }
+
+// fresh makes a file that has its name only when fill has succeeded, and its
+// bytes are on disk if it is to be durable. An existing name is os.ErrExist and
+// is left as it is.
+func fresh(folder *os.File, name string, k keeping, fill func(f *os.File) error) (err error) {
 	dir := int(folder.Fd())
 	fd, err := unix.Openat(dir, ".", unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
 	if noTmpfile(err) {
-		return freshNamed(folder, name, fill)
+		return freshNamed(folder, name, k, fill)
 	}
 	if err != nil {
 		return fmt.Errorf("make file %s: %w", name, err)
 	}
 	f := os.NewFile(uintptr(fd), name)
 	defer func() { err = errors.Join(err, f.Close()) }()
-	if err := fillAndSync(f, fill); err != nil {
+	if err := fillAndSync(f, k, fill); err != nil {
 		return err
 	}
 	from := fmt.Sprintf("/proc/self/fd/%d", fd)
 	if err := unix.Linkat(unix.AT_FDCWD, from, dir, name, unix.AT_SYMLINK_FOLLOW); err != nil {
 		return fmt.Errorf("name file %s: %w", name, err)
 	}
-	if err := syncFolder(folder); err != nil {
-		return errors.Join(err, unlink(folder, name))
+	if err := syncFolder(folder, k); err != nil {
+		return errors.Join(err, unlink(folder, name, k))
 	}
 	return nil
 }
 
 // freshNamed is fresh for a filesystem without unnamed files: the name is
 // there at once, and goes again when the rest fails.
-func freshNamed(folder *os.File, name string, fill func(f *os.File) error) (err error) {
+func freshNamed(folder *os.File, name string, k keeping, fill func(f *os.File) error) (err error) {
 	fd, err := unix.Openat(int(folder.Fd()), name, unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
 	if err != nil {
 		return fmt.Errorf("make file %s: %w", name, err)
 	}
 	f := os.NewFile(uintptr(fd), name)
-	err = errors.Join(fillAndSync(f, fill), f.Close())
+	err = errors.Join(fillAndSync(f, k, fill), f.Close())
 	if err == nil {
-		err = syncFolder(folder)
+		err = syncFolder(folder, k)
 	}
 	if err != nil {
-		return errors.Join(err, unlink(folder, name))
+		return errors.Join(err, unlink(folder, name, k))
 	}
 	return nil
 }
 
-func fillAndSync(f *os.File, fill func(f *os.File) error) error {
+func fillAndSync(f *os.File, k keeping, fill func(f *os.File) error) error {
 	if err := fill(f); err != nil {
 		return fmt.Errorf("fill file %s: %w", f.Name(), err)
+	}
+	if k == passing {
+		return nil
 	}
 	if err := f.Sync(); err != nil {
 		return fmt.Errorf("sync file %s: %w", f.Name(), err)
@@ -111,8 +129,8 @@ func noTmpfile(err error) bool {
 	return errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EISDIR) || errors.Is(err, unix.EINVAL)
 }
 
-// unlink removes a name durably; an absent one is success.
-func unlink(folder *os.File, name string) error {
+// unlink removes a name; an absent one is success.
+func unlink(folder *os.File, name string, k keeping) error {
 	err := unix.Unlinkat(int(folder.Fd()), name, 0)
 	if errors.Is(err, unix.ENOENT) {
 		return nil
@@ -120,10 +138,13 @@ func unlink(folder *os.File, name string) error {
 	if err != nil {
 		return fmt.Errorf("remove file %s: %w", name, err)
 	}
-	return syncFolder(folder)
+	return syncFolder(folder, k)
 }
 
-func syncFolder(folder *os.File) error {
+func syncFolder(folder *os.File, k keeping) error {
+	if k == passing {
+		return nil
+	}
 	if err := folder.Sync(); err != nil {
 		return fmt.Errorf("sync folder %s: %w", folder.Name(), err)
 	}

@@ -259,7 +259,7 @@ func (r *repository) Create(ctx context.Context, n sr.Name, size int64) (sr.Volu
 		return sr.Volume{}, xapi.NewError(xapi.InvalidValue, "virtual_size", strconv.FormatInt(size, 10))
 	}
 	if err = r.hasRoom(); err == nil {
-		err = fresh(r.folder, fileName(n), func(f *os.File) error { return f.Truncate(size) })
+		err = fresh(r.folder, fileName(n), keep(n), func(f *os.File) error { return f.Truncate(size) })
 	}
 	if err != nil {
 		return sr.Volume{}, r.volumeError(err, "create", n)
@@ -312,7 +312,7 @@ func (r *repository) Clone(ctx context.Context, src, dst sr.Name) (sr.Volume, er
 	}
 	defer from.Close()
 	if err = r.hasRoom(); err == nil {
-		err = fresh(r.folder, fileName(dst), func(f *os.File) error { return unix.IoctlFileClone(int(f.Fd()), int(from.Fd())) })
+		err = fresh(r.folder, fileName(dst), keep(dst), func(f *os.File) error { return unix.IoctlFileClone(int(f.Fd()), int(from.Fd())) })
 	}
 	if err != nil {
 		return sr.Volume{}, r.volumeError(err, "clone to", dst)
@@ -409,7 +409,7 @@ func rename(folder *os.File, from, to string) error {
 	if err != nil {
 		return fmt.Errorf("rename %s to %s: %w", from, to, err)
 	}
-	return syncFolder(folder)
+	return syncFolder(folder, durable)
 }
 
 // relink renames on a filesystem that cannot rename without replacing (NFS): a
@@ -426,7 +426,7 @@ func relink(folder *os.File, from, to string) error {
 		}
 	}
 	if err == nil {
-		err = syncFolder(folder)
+		err = syncFolder(folder, durable)
 	}
 	if err == nil {
 		err = unix.Unlinkat(dir, from, 0)
@@ -445,11 +445,11 @@ func (r *repository) Destroy(ctx context.Context, n sr.Name) error {
 	switch {
 	case errors.Is(err, os.ErrNotExist):
 		// It may have gone a moment ago, before a crash: make that durable.
-		return r.volumeError(syncFolder(r.folder), "destroy", n)
+		return r.volumeError(syncFolder(r.folder, keep(n)), "destroy", n)
 	case err != nil:
 		return coded(err, "destroy volume %s", n)
 	}
-	return r.volumeError(unlink(r.folder, fileName(n)), "destroy", n)
+	return r.volumeError(unlink(r.folder, fileName(n), keep(n)), "destroy", n)
 }
 
 // Detach closes the folder once every running call has ended, and lets go of
