@@ -48,6 +48,9 @@ type patchUpload struct {
 	// reading then.
 	syncs bool
 	task  xapi.Ref // whose result the pool_patch is
+	// over tells that the image began as a copy of another one: its filesystem
+	// was not made here just now, and nobody vouches for it.
+	over bool
 
 	where   sr.Candidate
 	repo    sr.Repository
@@ -242,9 +245,10 @@ func (u *patchUpload) fill(ctx context.Context, w *vdi.Writer, path string) (err
 }
 
 // attest remembers on this host that the image with this map holds a payload
-// whose signature has held. Should that fail, the first apply verifies it again.
+// whose signature has held. Should that fail, or the image be a copy of another
+// one but for the payload, the first apply verifies it again.
 func (u *patchUpload) attest() {
-	if u.image.Map == nil {
+	if u.image.Map == nil || u.over {
 		return
 	}
 	sig := u.message.Signature()

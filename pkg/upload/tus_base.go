@@ -74,13 +74,14 @@ func (h *Handler) planBase(ctx context.Context, p *plan, requested string) error
 		return err
 	}
 	defer release()
-	p.Over, err = h.clones(ctx, p, image, f)
+	p.Over, err = h.clones(ctx, p, rec, image, f)
 	return err
 }
 
 // clones tells whether an upload can go over a clone of the image in f: it lies
-// on the SR of the upload, which clones, and is as large as a fresh one would be.
-func (h *Handler) clones(ctx context.Context, p *plan, image pool.VDI, f *os.File) (bool, error) {
+// on the SR of the upload, which clones, is as large as a fresh one would be, and
+// around the payload what its block map says.
+func (h *Handler) clones(ctx context.Context, p *plan, rec pool.Patch, image pool.VDI, f *os.File) (bool, error) {
 	if p.Payload <= 0 || image.SR != p.SR || image.VirtualSize < vdi.Size(p.Size) {
 		return false, nil
 	}
@@ -88,5 +89,17 @@ func (h *Handler) clones(ctx context.Context, p *plan, image pool.VDI, f *os.Fil
 	if err != nil || !sr.Has(repo.Features(), sr.VDIClone) {
 		return false, err
 	}
-	return vdi.Fits(f, image.VirtualSize, p.Payload)
+	fits, err := vdi.Fits(f, image.VirtualSize, p.Payload)
+	if err != nil || !fits {
+		return false, err
+	}
+	// The filesystem around the payload is taken over as it is.
+	m, err := h.Pool.VDIMap(ctx, rec.VDI)
+	if err == nil && m != nil {
+		err = m.VerifyAround(ctx, f)
+	}
+	if err != nil {
+		h.Log.WithError(err).WithField("VDI", image.UUID).Warn("nothing is made over the image of a base that is not what its block map says")
+	}
+	return err == nil && m != nil, sr.Alive(ctx)
 }

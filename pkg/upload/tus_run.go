@@ -107,6 +107,7 @@ func (r *run) work() (xapi.Ref, error) {
 			return "", pu.noRoom(err)
 		}
 	}
+	pu.over = r.u.plan.Over
 	if err := pu.fill(r.ctx, r.writer, r.draft.Path()); err != nil {
 		return "", err
 	}
