@@ -31,12 +31,12 @@ func invariants(t testing.TB, v *victim) {
 	for ref, rec := range vdis {
 		path := filepath.Join(v.StateDir, "sr", rec["uuid"].(string)+".img")
 		images[path] = true
-		if !exists(path) || rec["missing"] == true {
-			t.Errorf("VDI %s has no image: %v", ref, rec)
+		images[mapBeside(path)] = true
+		if !exists(path) || !exists(mapBeside(path)) || rec["missing"] == true {
+			t.Errorf("VDI %s has no image, or no block map: %v", ref, rec)
 		}
 	}
-	files, _ := filepath.Glob(filepath.Join(v.StateDir, "sr", "*.img"))
-	for _, f := range files {
+	for _, f := range append(inSR(t, filepath.Join(v.StateDir, "sr"), "*"), v.uploads()...) {
 		if !images[f] {
 			t.Errorf("no VDI is %s", f)
 		}
@@ -59,6 +59,12 @@ func invariants(t testing.TB, v *victim) {
 	if log := v.Log(); strings.Contains(log, "panic:") || strings.Contains(log, "panicked") {
 		t.Error("something panicked")
 	}
+}
+
+// uploads lists the logs of resumable uploads.
+func (v *victim) uploads() []string {
+	logs, _ := filepath.Glob(filepath.Join(v.StateDir, "uploads", "*"))
+	return logs
 }
 
 // groups lists the control groups of this host, once what is just being
@@ -141,14 +147,20 @@ func (v *victim) checkImage(t testing.TB, k *told, rec lab.Record) {
 	if sum := sha256.Sum256(payload); err != nil || hex.EncodeToString(sum[:]) != k.digest {
 		t.Errorf("%s does not hold the payload of %s: %v", path, k.UUID, err)
 	}
-	sum := fileSum(t, path)
+	sum, mapSum := fileSum(t, path), fileSum(t, mapBeside(path))
 	if k.golden == "" {
-		k.golden = sum
+		k.golden, k.goldenMap = sum, mapSum
+		if text := verifyVDI(v.s, rec["VDI"].(string)); text != "" {
+			t.Errorf("the image of %s is damaged: %s", k.UUID, text)
+		}
 	}
-	if sum != k.golden {
-		t.Errorf("the golden image of %s has changed", k.UUID)
+	if sum != k.golden || mapSum != k.goldenMap {
+		t.Errorf("the golden image of %s, or its block map, has changed", k.UUID)
 	}
 }
+
+// mapBeside is the file of the block map of an image.
+func mapBeside(path string) string { return strings.TrimSuffix(path, ".img") + ".map" }
 
 // imageOf is the file of a VDI.
 func (v *victim) imageOf(vdi string) string {

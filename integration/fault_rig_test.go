@@ -48,7 +48,7 @@ type told struct {
 	effect                                string // a file that gets a line each time the patch is applied
 	asked                                 int    // applies
 	uploaded, applied, cleaned, destroyed answer
-	golden                                string // SHA-256 of the image
+	golden, goldenMap                     string // SHA-256 of the image, and of its block map
 	killed                                bool   // its runner: how the apply ended may be unknown
 	spoilt                                bool   // its apply may have failed after it changed the host
 }

@@ -119,7 +119,7 @@ func (s *soaker) match(t *testing.T, vdis map[string]lab.Record, owned map[strin
 		if it.sum != "" && sums[it.ref] != it.sum {
 			t.Errorf("VDI %s, %s, holds something else than it should", it.ref, it.what)
 		}
-		mapped := exists(strings.TrimSuffix(s.path(t, rec), ".img") + ".map")
+		mapped := exists(mapBeside(s.path(t, rec)))
 		if it.sum != "" && mapped != it.golden {
 			t.Errorf("VDI %s, %s, has a map: %v", it.ref, it.what, mapped)
 		}

@@ -447,7 +447,7 @@ func (s *soaker) damageOne(t *testing.T, r *rand.Rand) {
 			path := s.path(t, s.s.Call("VDI.get_record", k.vdi).(map[string]any))
 			off := int64(40)
 			if r.Intn(3) == 0 {
-				path = strings.TrimSuffix(path, ".img") + ".map"
+				path = mapBeside(path)
 			} else {
 				st, err := os.Stat(path)
 				if err != nil {
