@@ -315,6 +315,9 @@ func (r *rig) left() []string {
 		return append(left, err.Error())
 	}
 	for _, s := range attached {
+		if n, err := r.pool.Promised(context.Background(), s.Ref); err != nil || n != 0 {
+			left = append(left, fmt.Sprintf("%d bytes promised on %s, %v", n, s.NameLabel, err))
+		}
 		volumes, err := s.Repository.Scan(context.Background())
 		if err != nil {
 			return append(left, err.Error())
