@@ -352,6 +352,9 @@ func (n *narrow) fullBeforeApply() {
 	if !strings.Contains(said, n.name) {
 		n.t.Errorf("the task does not name the SR: %s", said)
 	}
+	if _, errs, code := n.H.CLI("patch", "precheck", n.Call("pool_patch.get_uuid", p).(string)); code != 1 || !strings.Contains(errs, n.name) {
+		n.t.Errorf("the command line does not name the SR: %d %s", code, errs)
+	}
 	if lines(effect) != 0 || len(n.All("host_patch")) != 0 {
 		n.t.Error("something ran")
 	}

@@ -106,6 +106,9 @@ func explain(ctx context.Context, c *client, err error) error {
 	if text == "" {
 		text = "refused"
 	}
+	if e.Code == xapi.PrecheckFailedOutOfSpace && e.Unwrap() != nil {
+		text += ". " + strings.TrimSpace(e.Unwrap().Error())
+	}
 	// What stood before the code in err, such as "upload of x:", stays.
 	before, _, _ := strings.Cut(err.Error(), e.Error())
 	return &explained{before + text, e}

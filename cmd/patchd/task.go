@@ -92,7 +92,13 @@ func ended(t record) (done bool, result string, err error) {
 		for _, p := range info[1:] {
 			params = append(params, fmt.Sprint(p))
 		}
-		return true, "", xapi.NewError(fmt.Sprint(info[0]), params...)
+		e := xapi.NewError(fmt.Sprint(info[0]), params...)
+		if other, ok := t["other_config"].(map[string]any); ok && e.Code == xapi.PrecheckFailedOutOfSpace {
+			if said, _ := other["patchd-output"].(string); said != "" { // which storage that was
+				e = e.Because(errors.New(said))
+			}
+		}
+		return true, "", e
 	}
 	return false, "", nil
 }
