@@ -169,7 +169,7 @@ func (s *soaker) putPatch(t *testing.T, r *rand.Rand) {
 	}
 	s.mu.Unlock()
 	s.note("%s: PUT of %d bytes to %s: client gone %v, %v", k.UUID, len(k.signed), sr.name, gone, err)
-	if !gone && k.uploaded == no {
+	if !gone && k.uploaded == no && !s.stopping {
 		t.Errorf("PUT of %s: %v", k.UUID, err)
 	}
 }
@@ -392,7 +392,7 @@ func (s *soaker) destroyThing(t *testing.T, r *rand.Rand) {
 	it.gone = heard(err)
 	s.mu.Unlock()
 	s.note("VDI.destroy of %s, %s: %v", it.ref, it.what, err)
-	if it.gone == no {
+	if it.gone == no && !s.stopping {
 		t.Errorf("VDI.destroy of %s: %v", it.what, err)
 	}
 }
@@ -476,7 +476,7 @@ func (s *soaker) repair(t *testing.T, r *rand.Rand, k *gold) {
 	if err != nil {
 		return
 	}
-	if _, errs, code, _ := s.client(r, 300, "vdi", "repair", uuid.(string)); said(code, errs) == no {
+	if _, errs, code, _ := s.client(r, 300, "vdi", "repair", uuid.(string)); said(code, errs) == no && !s.stopping {
 		t.Errorf("repair of %s: %s", k.UUID, errs)
 	}
 }

@@ -84,7 +84,8 @@ type soaker struct {
 	// Uploads expire within seconds at the daemon that runs, and at the one before.
 	soon, soonBefore bool
 
-	broken *gold // its image is damaged in this round
+	stopping bool  // the daemon is ended by TERM in this round, and refuses before
+	broken   *gold // its image is damaged in this round
 }
 
 func newSoaker(t *testing.T) *soaker {
@@ -125,6 +126,7 @@ func (s *soaker) round(t *testing.T, name string, r *rand.Rand) {
 	s.begun, s.tale = time.Now(), nil
 	s.damageOne(t, r)
 	how, delay := s.plan(r), time.Duration(r.Intn(1500))*time.Millisecond
+	s.stopping = how == "TERM"
 	s.note("%s: %s, after %s", name, how, delay)
 	var wg sync.WaitGroup
 	worked := make(chan struct{})
@@ -247,7 +249,7 @@ func (s *soaker) settle(t *testing.T, r *rand.Rand) {
 		}
 		s.broken = nil
 	}
-	s.endUploads(t, way == 1)
+	s.endUploads(t, way == 1 && r.Intn(4) == 0)
 	s.allEnded(t)
 	for _, k := range s.golds {
 		if k.task != "" && k.uploaded == maybe {
@@ -279,7 +281,7 @@ func (s *soaker) endUploads(t *testing.T, expire bool) {
 	t.Helper()
 	limit := time.Duration(0)
 	if expire && (s.soon || s.soonBefore) {
-		limit = 5 * time.Second
+		limit = 30 * time.Second
 	}
 	for end := time.Now().Add(limit); ; time.Sleep(20 * time.Millisecond) {
 		var pending []string
