@@ -41,6 +41,7 @@ func (s *Server) routes(ctx context.Context) (http.Handler, error) {
 		Attested: s.attested(),
 		Stall:    time.Duration(s.config.StallTimeout), Render: s.render(api.Model()), Layout: s.layout,
 		Drafts: s.pool, UploadsDir: s.state.path("uploads"), UploadExpiry: time.Duration(s.config.UploadExpiry),
+		LogRoom: func() int64 { return s.state.roomLeft(s.dom0) },
 	})
 	if err := s.uploads.Start(ctx); err != nil {
 		return nil, fmt.Errorf("take up unfinished uploads: %w", err)

@@ -118,6 +118,16 @@ func (s stateDir) keepFree(d dom0.Dom0) func(path string) int64 {
 	}
 }
 
+// roomLeft is how many bytes may be written beside the database; 0 when that
+// cannot be told.
+func (s stateDir) roomLeft(d dom0.Dom0) int64 {
+	space, err := d.Space(s.dir)
+	if err != nil {
+		return 0
+	}
+	return max(0, space.Free-s.keepFree(d)(s.dir))
+}
+
 const minKeepFree = 256 << 20
 
 func sameFilesystem(a, b string) bool {

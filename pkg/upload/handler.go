@@ -80,6 +80,9 @@ type Options struct {
 	// Drafts there are none. Start and Close belong to them.
 	Drafts     Drafts
 	UploadsDir string
+	// LogRoom is how many bytes the logs may still take where UploadsDir lies;
+	// nil: nobody counts them.
+	LogRoom func() int64
 	// UploadExpiry is how long an unfinished upload waits for its client; 0:
 	// DefaultUploadExpiry.
 	UploadExpiry time.Duration

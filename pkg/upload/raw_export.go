@@ -7,9 +7,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net/http"
 	"os"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -93,21 +93,39 @@ func judgeExport(r *http.Request) (e export, status int, err error) {
 	return e, http.StatusOK, nil
 }
 
+// maxBlockRanges is how many stretches of blocks a list may have once it is in
+// order: they are held in memory.
+const maxBlockRanges = 256 << 10
+
 // readBlockList reads a JSON array of numbers of blocks.
 func readBlockList(r io.Reader) ([]vdi.BlockRange, error) {
-	var list []int64
+	bad := errors.New("the body is not a JSON array of numbers of blocks")
 	d := json.NewDecoder(io.LimitReader(r, maxBlockList))
-	if err := d.Decode(&list); err != nil {
-		return nil, errors.New("the body is not a JSON array of numbers of blocks")
+	if t, err := d.Token(); err != nil || t != json.Delim('[') {
+		return nil, bad
 	}
-	slices.Sort(list)
 	var out []vdi.BlockRange
-	for _, i := range list {
-		if n := len(out); n > 0 && i <= out[n-1].Last+1 {
-			out[n-1].Last = i
-		} else {
-			out = append(out, vdi.BlockRange{First: i, Last: i})
+	for d.More() {
+		var i int64
+		if err := d.Decode(&i); err != nil || i < 0 || i == math.MaxInt64 {
+			return nil, bad
 		}
+		if n := len(out); n > 0 && i >= out[n-1].First && i <= out[n-1].Last+1 {
+			out[n-1].Last = max(out[n-1].Last, i)
+			continue
+		}
+		if len(out) == 2*maxBlockRanges {
+			if out = vdi.SortBlocks(out); len(out) > maxBlockRanges {
+				return nil, fmt.Errorf("more than %d stretches of blocks: ask for them in parts", maxBlockRanges)
+			}
+		}
+		out = append(out, vdi.BlockRange{First: i, Last: i})
+	}
+	if _, err := d.Token(); err != nil {
+		return nil, bad
+	}
+	if out = vdi.SortBlocks(out); len(out) > maxBlockRanges {
+		return nil, fmt.Errorf("more than %d stretches of blocks: ask for them in parts", maxBlockRanges)
 	}
 	return out, nil
 }

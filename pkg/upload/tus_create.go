@@ -203,6 +203,9 @@ func (h *Handler) patchByDigest(digest string) (ref xapi.Ref, found bool) {
 // create makes an upload: its task, its draft with the room it is promised, and
 // its log. On failure nothing is left but the task, which tells of it.
 func (h *Handler) create(ctx context.Context, sess *session.Session, p plan, requested string) (u *resumable, err error) {
+	if h.LogRoom != nil && h.LogRoom() < 2*ringSize {
+		return nil, xapi.NewError(xapi.OutOfSpace, "the state directory of the coordinator")
+	}
 	where, _, err := h.chooseSR(ctx, requested)
 	if err != nil {
 		return nil, err

@@ -29,6 +29,8 @@ const DefaultUploadExpiry = 24 * time.Hour
 const (
 	// maxLive is how many uploads may be in memory at once: 2 MiB each.
 	maxLive = 32
+	// maxLivePerUser leaves places for others, however slowly one user sends.
+	maxLivePerUser = 16
 	// parkAfter is how long a live upload waits for a request. Then it frees
 	// its memory and its hold on the SR.
 	parkAfter = time.Minute
@@ -54,7 +56,8 @@ type keeper struct {
 
 	mu       sync.Mutex // guards what follows
 	uploads  map[xapi.UUID]*resumable
-	creating map[string]int // by user: begun, not yet in uploads
+	creating map[string]int           // by user: begun, not yet in uploads
+	places   map[string]chan struct{} // by user: one element for each live upload
 	closed   bool
 	wg       sync.WaitGroup // Add only with mu held and closed false
 }
@@ -64,6 +67,7 @@ func newKeeper() keeper {
 	return keeper{
 		liveOnes: make(chan struct{}, maxLive), sums: make(chan struct{}, maxSums),
 		stop: cancel, stopped: ctx, uploads: map[xapi.UUID]*resumable{}, creating: map[string]int{},
+		places: map[string]chan struct{}{},
 	}
 }
 
@@ -284,19 +288,40 @@ func (h *Handler) tidy() {
 	}
 }
 
-// place waits for a place among the live uploads. When there is none, the one
-// that has waited longest for its client is parked.
-func (h *Handler) place(ctx context.Context) (leave func(), err error) {
+// place waits for a place among the live uploads, and among those of the user.
+func (h *Handler) place(ctx context.Context, user string) (leave func(), err error) {
+	h.mu.Lock()
+	own := h.places[user]
+	if own == nil {
+		own = make(chan struct{}, maxLivePerUser)
+		h.places[user] = own
+	}
+	h.mu.Unlock()
+	leaveOwn, err := h.takePlace(ctx, own, func(u *resumable) bool { return u.plan.User == user })
+	if err != nil {
+		return nil, err
+	}
+	leaveAll, err := h.takePlace(ctx, h.liveOnes, func(*resumable) bool { return true })
+	if err != nil {
+		leaveOwn()
+		return nil, err
+	}
+	return func() { leaveAll(); leaveOwn() }, nil
+}
+
+// takePlace waits for one of some places. When there is none, the upload of
+// those that has waited longest for its client is parked.
+func (h *Handler) takePlace(ctx context.Context, places chan struct{}, of func(*resumable) bool) (leave func(), err error) {
 	select {
-	case h.liveOnes <- struct{}{}:
-		return func() { <-h.liveOnes }, nil
+	case places <- struct{}{}:
+		return func() { <-places }, nil
 	default:
 	}
 	var longest *resumable
 	var since time.Time
 	for _, u := range h.all() {
 		u.mu.Lock()
-		if u.run != nil && u.turn == nil && u.offset < u.plan.Length && (longest == nil || u.touched.Before(since)) {
+		if u.run != nil && u.turn == nil && u.offset < u.plan.Length && of(u) && (longest == nil || u.touched.Before(since)) {
 			longest, since = u, u.touched
 		}
 		u.mu.Unlock()
@@ -304,7 +329,7 @@ func (h *Handler) place(ctx context.Context) (leave func(), err error) {
 	if longest != nil {
 		longest.park()
 	}
-	return enter(ctx, h.liveOnes)
+	return enter(ctx, places)
 }
 
 // reserve counts a new upload of a user, unless there are too many.

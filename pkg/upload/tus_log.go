@@ -42,7 +42,13 @@ const (
 	maxUploadLog = 64 * mib
 )
 
-var errLogFull = errors.New("the log of the upload has grown too long")
+var (
+	errLogFull = errors.New("the log of the upload has grown too long")
+	errLogRoom = errors.New("the state directory has no room for the log of the upload")
+)
+
+// roomForLog is how much a log grows between two looks at the room for it.
+const roomForLog = mib
 
 // uploadLog writes one log. One goroutine uses it.
 type uploadLog struct {
@@ -53,6 +59,7 @@ type uploadLog struct {
 	pay  int64  // received, payload, not in pend yet
 	at   int64  // of the payload: bytes received
 	err  error  // the log is of no use any more
+	room func() int64
 }
 
 func (l *uploadLog) entry(kind int, n int64) {
@@ -152,6 +159,10 @@ func (l *uploadLog) batch() error {
 	}
 	if l.end+batchHeader+int64(len(l.pend)) > maxUploadLog {
 		l.spoil(errLogFull)
+		return l.err
+	}
+	if next := l.end + batchHeader + int64(len(l.pend)); l.room != nil && next/roomForLog > l.end/roomForLog && l.room() < 2*roomForLog {
+		l.spoil(errLogRoom)
 		return l.err
 	}
 	b := make([]byte, batchHeader, batchHeader+len(l.pend))

@@ -126,7 +126,7 @@ func (r *run) input(p plan) (in input, release func(), err error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	return &undelta{r: delta.NewDecoder(r, base, base.Size()), feed: r, vdi: base.vdi}, release, nil
+	return &undelta{r: delta.NewDecoder(r, base, base.Size()), feed: r, vdi: base.vdi, most: p.Size}, release, nil
 }
 
 // undelta is the signed file that a delta makes of its base.
@@ -134,12 +134,15 @@ type undelta struct {
 	r    io.Reader
 	feed input
 	vdi  xapi.Ref // of the base
+	most int64    // bytes that were announced, and promised room
 	n    int64
 }
 
 func (u *undelta) Read(p []byte) (int, error) {
 	n, err := u.r.Read(p)
-	u.n += int64(n)
+	if u.n += int64(n); u.n > u.most {
+		return 0, xapi.NewError(xapi.InvalidPatch, fmt.Sprintf("the delta gives more than the %d bytes that were announced", u.most))
+	}
 	if errors.Is(err, delta.ErrBase) {
 		err = xapi.NewError(xapi.VDIContentChanged, string(u.vdi), "it is not the base that the delta was made for").Because(err)
 	}
@@ -216,7 +219,7 @@ func (r *run) prepare() (resumePoint, error) {
 	if r.logf, err = os.OpenFile(path+newSuffix, os.O_CREATE|os.O_TRUNC|os.O_RDWR, 0o600); err != nil {
 		return point, fmt.Errorf("make the log of the upload: %w", err)
 	}
-	r.log = &uploadLog{f: r.logf}
+	r.log = &uploadLog{f: r.logf, room: h.LogRoom}
 	if err := r.goOn(point, old); err != nil {
 		return point, err
 	}

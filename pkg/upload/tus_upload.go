@@ -162,7 +162,7 @@ func (u *resumable) live(ctx context.Context) (*run, error) {
 	if r != nil {
 		return r, nil
 	}
-	leave, err := u.h.place(ctx)
+	leave, err := u.h.place(ctx, u.plan.User)
 	if err != nil {
 		return nil, err
 	}

@@ -67,19 +67,26 @@ func ParseBlocks(list string, size int64) ([]BlockRange, error) {
 
 // JoinBlocks sorts and joins ranges of blocks of an image of size bytes.
 func JoinBlocks(list []BlockRange, size int64) ([]BlockRange, error) {
-	slices.SortFunc(list, func(a, b BlockRange) int { return cmp.Compare(a.First, b.First) })
-	out := list[:0]
 	for _, r := range list {
 		if r.First < 0 || r.Last < r.First || r.Last >= blocksOf(size) {
 			return nil, fmt.Errorf("the image has no blocks %d-%d, only %d", r.First, r.Last, blocksOf(size))
 		}
+	}
+	return SortBlocks(list), nil
+}
+
+// SortBlocks sorts and joins ranges of blocks in place.
+func SortBlocks(list []BlockRange) []BlockRange {
+	slices.SortFunc(list, func(a, b BlockRange) int { return cmp.Compare(a.First, b.First) })
+	out := list[:0]
+	for _, r := range list {
 		if n := len(out); n > 0 && r.First <= out[n-1].Last+1 {
 			out[n-1].Last = max(out[n-1].Last, r.Last)
 		} else {
 			out = append(out, r)
 		}
 	}
-	return out, nil
+	return out
 }
 
 // WriteExtents writes the data of an image of size bytes as frames. progress,
