@@ -40,7 +40,7 @@ func (g *global) register(f *pflag.FlagSet) {
 	g.flags = f
 	f.StringVar(&g.stateDir, "state-dir", server.DefaultConfig().StateDir, "folder whose patchd.sock is used when there is no --server ($PATCHD_STATE_DIR)")
 	f.StringVar(&g.server, "server", "", "URL of a patchd, such as https://host:8443 ($PATCHD_SERVER)")
-	f.StringVar(&g.pin, "pin", "", "SHA-256 of the server's public key, as `patchd status` on that host tells ($PATCHD_PIN)")
+	f.StringVar(&g.pin, "pin", "", "SHA-256 of the server's public key, as 'patchd status' on that host tells ($PATCHD_PIN)")
 	f.StringVar(&g.user, "user", "root", "user name with --server ($PATCHD_USER)")
 	f.StringVar(&g.passwordFile, "password-file", "", "file with the password ($PATCHD_PASSWORD_FILE); else $PATCHD_PASSWORD, else it is asked for")
 	f.StringVarP(&g.output, "output", "o", "table", "table or json ($PATCHD_OUTPUT)")

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
 )
@@ -52,7 +53,8 @@ func objectCommand(g *global, class, use, short string, f func(ctx context.Conte
 					return err
 				}
 				if err := f(ctx, c, ref, rec); err != nil {
-					return fmt.Errorf("%s of %s %s (%s): %w", cmd.Name(), groupOf(class), rec.text("name_label"), rec.text("uuid"), explain(ctx, c, err))
+					what := strings.Join(strings.Fields(groupOf(class)+" "+rec.text("name_label")), " ")
+					return fmt.Errorf("%s of %s (%s): %w", cmd.Name(), what, rec.text("uuid"), explain(ctx, c, err))
 				}
 				return nil
 			})

@@ -33,7 +33,7 @@ var troubles = []trouble{
 	{xapi.PatchIsApplied, "a host has the patch, or is getting it: its record stays", "`patchd vdi destroy` frees the room it takes"},
 	{xapi.CannotFindPatch, "the patch has neither a disk image nor a file any more", "upload it again"},
 	{xapi.CannotFetchPatch, "the host could not fetch the patch %1 from the coordinator", "upload it into a VDI, or see in the log of the host why"},
-	{xapi.HostCannotSeeSR, "the host %1 does not reach the storage repository %2 that holds the patch", "plug the SR there (`xe pbd-plug`), or copy the VDI to one that is (`patchd vdi copy`)"},
+	{xapi.HostCannotSeeSR, "the host %1 does not reach the storage repository %2 that holds the patch", "plug the SR there (`patchd sr plug`), or copy the VDI to one that is (`patchd vdi copy`)"},
 	{xapi.PatchApplyFailed, "the patch itself failed", "what it did until then stays done, and it may be applied again. It printed:\n%1"},
 	{xapi.PatchApplyFailedBackupFiles, "files of an earlier run of the patch are in the way: %1", "look at them, remove them and apply again"},
 	{xapi.PrecheckFailedUnknownError, "the precheck of %1 refuses: %2", ""},
@@ -53,13 +53,14 @@ var troubles = []trouble{
 	{xapi.VDIReadonly, "the disk image %1 is read-only", "work on a copy"},
 	{xapi.VDITooSmall, "the disk image %1 is too small: %2", "give a larger size"},
 	{xapi.SRNotEmpty, "the storage repository still holds disk images", "destroy them first (`patchd vdi list`)"},
-	{xapi.SRHasPBD, "the storage repository %1 is still linked to a host", "unplug it first (`xe pbd-unplug`)"},
-	{xapi.SRHasNoPBDs, "no host is linked to the storage repository %1", "link one (`xe pbd-create`)"},
+	{xapi.SRHasPBD, "the storage repository %1 is still linked to a host", "unplug it first (`patchd sr unplug`)"},
+	{xapi.SRHasNoPBDs, "no host is linked to the storage repository %1", "`patchd sr introduce` links one"},
+	{xapi.PBDExists, "the storage repository %1 is linked to the host %2 already", "`patchd sr plug` plugs it"},
 	{xapi.SRNotAttached, "the storage repository %1 is not plugged on this host", "`patchd doctor` tells why"},
-	{xapi.SRDeviceInUse, "the place is taken: %1", "name another, or `xe sr-introduce` the SR that is there"},
-	{xapi.SRUnknownDriver, "there is no storage of type %1", "`xe sm-list` shows the types"},
+	{xapi.SRDeviceInUse, "the place is taken: %1", "`patchd sr introduce` takes up an SR that is there"},
+	{xapi.SRUnknownDriver, "there is no storage of type %1", "`patchd sr create --help` shows the types"},
 	{xapi.SROperationNotSupported, "storage of this kind cannot do that (%1)", "copy instead of clone"},
-	{xapi.SRBackendFailure, "the storage failed: %1 %2 %3", "the log of the host has the cause"},
+	{xapi.SRBackendFailure, "the storage failed: %2 %3", "the log of the host has the cause"},
 	{xapi.ValueNotSupported, "%1 cannot be %2: %3", ""},
 	{xapi.InvalidValue, "%1 cannot be %2", "correct it"},
 	{xapi.UUIDInvalid, "there is no %1 with the uuid %2", "the list command of that class shows what there is"},
@@ -124,7 +125,7 @@ func fill(text string, params []string) string {
 		}
 		text = strings.ReplaceAll(text, fmt.Sprintf("%%%d", i), value)
 	}
-	for _, gap := range [][2]string{{"  ", " "}, {" ()", ""}, {" :", ":"}} {
+	for _, gap := range [][2]string{{" be :", " be empty:"}, {"  ", " "}, {" ()", ""}, {" :", ":"}} {
 		text = strings.ReplaceAll(text, gap[0], gap[1])
 	}
 	return strings.TrimRight(text, " :.")

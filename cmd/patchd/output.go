@@ -117,6 +117,12 @@ func row(cells []string) table.Row {
 	return out
 }
 
+// sizes are the fields that hold bytes.
+var sizes = map[string]bool{
+	"size": true, "virtual_size": true, "physical_size": true, "physical_utilisation": true, "virtual_allocation": true,
+	"free": true, "promised": true,
+}
+
 // printRecord shows one object with all its fields.
 func (g *global) printRecord(w io.Writer, ref string, r record) error {
 	r["ref"] = ref
@@ -131,7 +137,11 @@ func (g *global) printRecord(w io.Writer, ref string, r record) error {
 	}
 	sort.Strings(names)
 	for _, name := range names {
-		fmt.Fprintf(w, "%-*s  %s\n", width, name, valueText(r[name]))
+		text := valueText(r[name])
+		if sizes[name] {
+			text = fmt.Sprintf("%s (%s)", text, bytesText(text))
+		}
+		fmt.Fprintf(w, "%-*s  %s\n", width, name, text)
 	}
 	return nil
 }
@@ -189,7 +199,14 @@ func newBar(name string, total int64) *bar {
 	if total > 0 {
 		right = append(right, decor.CountersKibiByte(" % .1f / % .1f"), decor.AverageSpeed(decor.SizeB1024(0), " % .1f"))
 	}
-	right = append(right, decor.AverageETA(decor.ET_STYLE_GO, decor.WC{W: 8}))
+	began := time.Now()
+	right = append(right, decor.Any(func(s decor.Statistics) string {
+		if s.Current <= 0 {
+			return "" // nothing can be said yet
+		}
+		left := float64(time.Since(began)) * float64(s.Total-s.Current) / float64(s.Current)
+		return time.Duration(left).Round(time.Second).String()
+	}, decor.WC{W: 8}))
 	n := total
 	if n == 0 {
 		n = 1000

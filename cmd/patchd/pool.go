@@ -24,6 +24,23 @@ func newHost(g *global) *cobra.Command {
 	return cmd
 }
 
+func newMessage(g *global) *cobra.Command {
+	cmd := &cobra.Command{Use: "message", Short: "what the pool wants its admins to know"}
+	cmd.AddCommand(
+		listCommand(g, "message", "list the messages", []column{
+			field("UUID", "uuid"), date("WHEN", "timestamp"), field("NAME", "name"), field("TEXT", "body"),
+		}),
+		objectCommand(g, "message", "destroy MESSAGE", "remove a message that is dealt with", func(ctx context.Context, c *client, ref string, rec record) error {
+			if err := c.call(ctx, nil, "message.destroy", ref); err != nil {
+				return err
+			}
+			rec["name_label"] = rec["name"]
+			return g.done("destroyed", "message", rec)
+		}),
+	)
+	return cmd
+}
+
 func newPool(g *global) *cobra.Command {
 	cmd := &cobra.Command{Use: "pool", Short: "the pool"}
 	status := newStatus(g)

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -26,6 +25,10 @@ func newSR(g *global) *cobra.Command {
 			}
 			return g.done("scanned", "SR", rec)
 		}),
+		newSRIntroduce(g),
+		newSRPlug(g, "plug", "plugged", "mount or open an SR, so that it can be used", "PBD.plug"),
+		newSRPlug(g, "unplug", "unplugged", "let go of an SR that nothing uses; it stays on disk", "PBD.unplug"),
+		newSRForget(g),
 		objectCommand(g, "SR", "destroy SR", "remove an SR that holds no disk image", g.destroySR),
 		objectCommand(g, "SR", "set-default SR", "make an SR the one that patches are put on", func(ctx context.Context, c *client, ref string, rec record) error {
 			pools, err := c.all(ctx, "pool")
@@ -75,9 +78,7 @@ func (g *global) listSRs(ctx context.Context, c *client) error {
 }
 
 func newSRCreate(g *global) *cobra.Command {
-	var name, typ, description, host string
-	var device []string
-	var shared bool
+	var s srFlags
 	cmd := &cobra.Command{
 		Use: "create", Short: "make an SR and plug it", Args: cobra.NoArgs,
 		Example: "  patchd sr create --name patches --device-config location=/srv/patches\n" +
@@ -86,25 +87,18 @@ func newSRCreate(g *global) *cobra.Command {
 			"  patchd sr create --name thin --type lvm --device-config device=/dev/disk/by-id/…\n" +
 			"  patchd sr create --name shared --type nfs --shared --device-config server=nas.example.com,serverpath=/srv/patches",
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if name == "" {
-				return usagef("--name is needed")
-			}
-			config := map[string]string{}
-			for _, d := range device {
-				k, v, ok := strings.Cut(d, "=")
-				if !ok {
-					return usagef("--device-config: %q is not key=value", d)
-				}
-				config[k] = v
+			config, err := s.config()
+			if err != nil {
+				return err
 			}
 			return g.with(cmd.Context(), func(ctx context.Context, c *client) error {
-				hostRef, _, err := c.hostOrOnly(ctx, host)
+				host, _, err := c.hostOrOnly(ctx, s.host)
 				if err != nil {
 					return err
 				}
-				ref, err := c.async(ctx, "create", "SR.create", hostRef, config, "0", name, description, typ, "user", shared, map[string]string{})
+				ref, err := c.async(ctx, "create", "SR.create", host, config, "0", s.name, s.description, s.typ, "user", s.shared, map[string]string{})
 				if err != nil {
-					return fmt.Errorf("create SR %s: %w", name, explain(ctx, c, err))
+					return fmt.Errorf("create SR %s: %w", s.name, explain(ctx, c, err))
 				}
 				var uuid string
 				if err := c.call(ctx, &uuid, "SR.get_uuid", ref); err != nil {
@@ -114,15 +108,7 @@ func newSRCreate(g *global) *cobra.Command {
 			})
 		},
 	}
-	f := cmd.Flags()
-	f.StringVar(&name, "name", "", "name of the SR")
-	f.StringVar(&typ, "type", "file", "kind of storage")
-	f.StringVar(&description, "description", "", "description")
-	f.StringVar(&host, "host", "", "host it is on; not needed where there is one")
-	f.StringSliceVar(&device, "device-config", nil, "key=value of the driver; for file: location=FOLDER, for ext, xfs, btrfs and lvm: device=PATH, for nfs: server=HOST,serverpath=PATH")
-	f.BoolVar(&shared, "shared", false, "other hosts may plug it too (file, nfs)")
-	g.completeFlag(cmd, "host", "host")
-	completeWords(cmd, "type", "file", "ext", "xfs", "btrfs", "nfs", "lvm")
+	s.register(g, cmd)
 	return cmd
 }
 
@@ -131,11 +117,8 @@ func (g *global) destroySR(ctx context.Context, c *client, ref string, rec recor
 	if images, _ := rec["VDIs"].([]any); len(images) > 0 {
 		return fmt.Errorf("it holds %d disk images: destroy them first (`patchd vdi list`)", len(images))
 	}
-	pbds, _ := rec["PBDs"].([]any)
-	for _, p := range pbds {
-		if err := c.call(ctx, nil, "PBD.unplug", p); err != nil {
-			return err
-		}
+	if err := c.unplugAll(ctx, rec); err != nil {
+		return err
 	}
 	if err := c.call(ctx, nil, "SR.destroy", ref); err != nil {
 		return err
@@ -172,6 +155,20 @@ func (g *global) listVDIs(ctx context.Context, c *client) error {
 	if err != nil {
 		return err
 	}
+	if err := c.addNames(ctx, all); err != nil {
+		return err
+	}
+	if err := c.addChecks(ctx, all); err != nil {
+		return err
+	}
+	return g.printRecords(os.Stdout, all, []column{
+		field("UUID", "uuid"), field("NAME", "name_label"), field("SR", "sr_name"), size("SIZE", "virtual_size"),
+		size("USED", "physical_utilisation"), field("PATCH", "patch"), field("STATE", "state"),
+	})
+}
+
+// addNames puts into the records of VDIs the name of the SR and of the patch.
+func (c *client) addNames(ctx context.Context, all map[string]record) error {
 	srs, err := c.all(ctx, "SR")
 	if err != nil {
 		return err
@@ -187,13 +184,7 @@ func (g *global) listVDIs(ctx context.Context, c *client) error {
 	for ref, rec := range all {
 		rec["sr_name"], rec["patch"] = srs[rec.text("SR")].text("name_label"), owner[ref]
 	}
-	if err := c.addChecks(ctx, all); err != nil {
-		return err
-	}
-	return g.printRecords(os.Stdout, all, []column{
-		field("UUID", "uuid"), field("NAME", "name_label"), field("SR", "sr_name"), size("SIZE", "virtual_size"),
-		size("USED", "physical_utilisation"), field("PATCH", "patch"), field("STATE", "state"),
-	})
+	return nil
 }
 
 func newVDICopy(g *global) *cobra.Command {

@@ -21,8 +21,9 @@ func newVDIVerify(g *global) *cobra.Command {
 		}
 		return g.done("good", "VDI", rec)
 	})
-	cmd.Long = "Reads every byte of a disk image that has a block map, as those of patches have, and compares. " +
-		"What is found stays in the record; damage raises a message, and is an error here. The same is done in the background, see scrub-interval."
+	cmd.Long = "Reads every byte of a disk image that has a block map, as those of patches have, and compares. What is\n" +
+		"found stays in the record; damage raises a message, and is an error here. The same is done in the\n" +
+		"background, see scrub-interval."
 	return cmd
 }
 
@@ -33,18 +34,22 @@ func newVDIRepair(g *global) *cobra.Command {
 		}
 		return g.done("good", "VDI", rec)
 	})
-	cmd.Long = "Takes good blocks from other disk images of the SRs that are plugged: copies of this one, or any that holds the same blocks. " +
-		"Nothing is written that was not checked. Where no image has the blocks, upload the patch again."
+	cmd.Long = "Takes good blocks from other disk images of the SRs that are plugged: copies of this one, or any that\n" +
+		"holds the same blocks. Nothing is written that was not checked. Where no image has the blocks, destroy\n" +
+		"the VDI and upload the patch again."
 	return cmd
 }
 
 // addChecks puts into the records of VDIs what is known of their state: state
 // (good, damaged, or never checked), checked and damage. Disk images without a block map
-// have none.
+// have nothing there.
 func (c *client) addChecks(ctx context.Context, all map[string]record) error {
 	var checks []record
 	if err := c.call(ctx, &checks, "patchd.vdi_checks"); err != nil {
 		return err
+	}
+	for _, rec := range all {
+		rec["checked"], rec["damage"], rec["state"] = "", "", ""
 	}
 	for _, k := range checks {
 		rec, ok := all[k.text("VDI")]
@@ -71,7 +76,8 @@ func newVDIShow(g *global) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if err := c.addChecks(ctx, map[string]record{ref: rec}); err != nil {
+			one := map[string]record{ref: rec}
+			if err := errors.Join(c.addNames(ctx, one), c.addChecks(ctx, one)); err != nil {
 				return fmt.Errorf("state of the image: %w", err)
 			}
 			if at := rec.text("checked"); !g.json() && strings.TrimSpace(at) != "" {
