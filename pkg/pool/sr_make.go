@@ -108,7 +108,11 @@ func (p *Pool) failSRCreate(ctx context.Context, intentRef xapi.Ref, in Intent, 
 	if repo != nil {
 		err = errors.Join(err, repo.Detach(ctx))
 	}
-	if err == nil {
+	switch {
+	case err != nil:
+	case errors.Is(cause, sr.ErrUntouched):
+		err = p.Store.Update(ctx, func(tx *store.Tx) error { tx.Delete(ClassIntent, intentRef); return nil })
+	default:
 		err = p.unmakeSR(ctx, intentRef, in)
 	}
 	return "", joinUndo(cause, err)

@@ -32,7 +32,7 @@ func CheckConfig(info Info, device map[string]string) error {
 	}
 	for _, key := range info.Required {
 		if device[key] == "" {
-			return BadConfig(key, "", "required: "+info.Config[key])
+			return BadConfig(key, "", fmt.Sprintf("an SR of type %s needs it: %s", info.Type, info.Config[key]))
 		}
 	}
 	return nil
@@ -59,6 +59,24 @@ func shorten(s string) string {
 		return r
 	}, strings.ToValidUTF8(s, "\uFFFD"))
 }
+
+// ErrUntouched is what the error of a Create is that failed before it changed
+// anything: there is nothing to be taken back, now or later.
+var ErrUntouched = errors.New("nothing was made")
+
+// Untouched makes err one for which errors.Is(err, ErrUntouched) holds; text and
+// code stay. nil stays nil.
+func Untouched(err error) error {
+	if err == nil {
+		return nil
+	}
+	return untouched{err}
+}
+
+type untouched struct{ error }
+
+func (e untouched) Unwrap() error        { return e.error }
+func (e untouched) Is(target error) bool { return target == ErrUntouched }
 
 // BackendFailure is SR_BACKEND_FAILURE with a text for the admin.
 func BackendFailure(format string, args ...any) *xapi.Error {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -78,9 +79,19 @@ func CheckPath(key, given string) (string, error) {
 
 // OpenFolder opens the folder at path, no part of which may be a symbolic link
 // and which may not lie inside an SR; nobody but root and the user patchd runs as
-// may write to it. Codes: VALUE_NOT_SUPPORTED; the error of an absent folder is
-// os.ErrNotExist.
-func OpenFolder(path string) (*os.File, error) {
+// may write to it. Codes: VALUE_NOT_SUPPORTED of that key of device_config; the
+// error of an absent folder is os.ErrNotExist.
+func OpenFolder(key, path string) (*os.File, error) {
+	folder, err := ownFolder(path)
+	var bad *xapi.Error
+	if errors.As(err, &bad) && bad.Code == xapi.ValueNotSupported && len(bad.Params) == 3 {
+		reason := strings.TrimPrefix(bad.Params[2], "the location ")
+		return nil, sr.BadConfig(key, path, "the folder "+reason)
+	}
+	return folder, err
+}
+
+func ownFolder(path string) (*os.File, error) {
 	folder, err := openFolder(path)
 	if err != nil {
 		return nil, err

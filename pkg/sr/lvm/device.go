@@ -118,7 +118,7 @@ func (p place) assertBlank(ctx context.Context) error {
 }
 
 func (p place) inUse(why string) error {
-	return xapi.NewError(xapi.SRDeviceInUse).Because(fmt.Errorf("device %s: %s; wipe it with wipefs if nobody needs that", p.given, why))
+	return xapi.NewError(xapi.SRDeviceInUse, fmt.Sprintf("%s: %s. If nobody needs that: `wipefs -a %[1]s`", p.given, why))
 }
 
 // extentFor is the size of an extent on a device of that many bytes with

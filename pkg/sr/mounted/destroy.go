@@ -120,7 +120,7 @@ func (p place) wipe(ctx context.Context, mine claim) (err error) {
 
 // remove removes the image file.
 func (p place) remove() error {
-	folder, err := file.OpenFolder(filepath.Dir(p.path))
+	folder, err := file.OpenFolder(keyDevice, filepath.Dir(p.path))
 	if err != nil {
 		return err
 	}

@@ -41,7 +41,10 @@ func (d *Driver) create(ctx context.Context, c sr.Config, p place) error {
 		return err
 	}
 	here, err := p.examine(d.kind.Type)
-	if errors.Is(err, os.ErrNotExist) {
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return sr.Untouched(err)
+	}
+	if err != nil {
 		if p.size == 0 {
 			return sr.BadConfig(keyDevice, p.given, `there is no such file: give "size" for it to be made`)
 		}
@@ -89,7 +92,7 @@ func group(uuid xapi.UUID) string { return "mkfs-" + string(uuid) }
 
 // makeImage makes a sparse file that is claimed from the moment it has its name.
 func (p place) makeImage(c claim) (err error) {
-	folder, err := file.OpenFolder(filepath.Dir(p.path))
+	folder, err := file.OpenFolder(keyDevice, filepath.Dir(p.path))
 	if errors.Is(err, os.ErrNotExist) {
 		return sr.BadConfig(keyDevice, p.given, "there is no folder "+filepath.Dir(p.path)+": make it first, or mount what belongs there")
 	}

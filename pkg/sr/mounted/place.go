@@ -54,7 +54,7 @@ func (d *Driver) place(c sr.Config) (place, error) {
 		}
 		p.size = int64(n) &^ (mib - 1)
 		if p.size < d.kind.MinSize {
-			return place{}, sr.BadConfig(keySize, text, fmt.Sprintf("an SR of type %s has %d bytes at least", d.kind.Info.Type, d.kind.MinSize))
+			return place{}, sr.BadConfig(keySize, text, fmt.Sprintf("an SR of type %s has %s at least", d.kind.Info.Type, humanize.IBytes(uint64(d.kind.MinSize))))
 		}
 	}
 	return p, nil
@@ -94,7 +94,7 @@ func (p place) open(flags int) (*os.File, error) {
 	if p.block {
 		return os.OpenFile(p.path, flags|unix.O_CLOEXEC, 0)
 	}
-	folder, err := file.OpenFolder(filepath.Dir(p.path))
+	folder, err := file.OpenFolder(keyDevice, filepath.Dir(p.path))
 	if err != nil {
 		return nil, err
 	}

@@ -121,7 +121,7 @@ func isSR(folder string, uuid xapi.UUID) bool {
 func (d *Driver) Create(ctx context.Context, c sr.Config) error {
 	m, err := d.open(ctx, c)
 	if err != nil {
-		return err
+		return sr.Untouched(err)
 	}
 	err = m.do(ctx, "create", func(context.Context) error { return m.makeFolder() })
 	return m.leave(ctx, err)
