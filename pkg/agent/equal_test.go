@@ -77,9 +77,9 @@ func TestEveryByteOfAnImageIsCheckedBeforeItRuns(t *testing.T) {
 			off  int64
 			says string
 		}{
-			"payload":   {sr.Live, vdi.MapBlock + 3, "1 of the image's 1 MiB blocks"},
-			"before it": {sr.Live, 0, "1 of the image's 1 MiB blocks"},
-			"a hole":    {sr.Live, 3*vdi.MapBlock - 1, "1 of the image's 1 MiB blocks"},
+			"payload":   {sr.Live, vdi.MapBlock + 3, "one block of 1 MiB is damaged"},
+			"before it": {sr.Live, 0, "one block of 1 MiB is damaged"},
+			"a hole":    {sr.Live, 3*vdi.MapBlock - 1, "one block of 1 MiB is damaged"},
 			"the map":   {mapOf, 50, pool.DamagedMap},
 		} {
 			r := newRigOf(t, clones)

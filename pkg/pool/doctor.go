@@ -26,7 +26,8 @@ type Finding struct {
 	Text  string // what was found and, when it is not OK, what helps
 }
 
-// lowRoom is the room below which an SR is worth a look, in bytes.
+// lowRoom is the room below which an SR is worth a look, in bytes; of one that
+// is small, a tenth of its size is.
 const lowRoom = 1 << 30
 
 // maxNames bounds the names that one finding tells.
@@ -76,7 +77,7 @@ func (p *Pool) pluggings() (srs map[xapi.Ref]SR, unplugged map[xapi.Ref]string, 
 			if err := it.Decode(&rec); err != nil {
 				return err
 			}
-			srs[it.Ref], unplugged[it.Ref] = rec, "no host is linked to it: `xe pbd-create` links one"
+			srs[it.Ref], unplugged[it.Ref] = rec, "no host is linked to it: `patchd sr introduce` links one"
 		}
 		for _, it := range v.List(ClassPBD) {
 			var rec PBD
@@ -91,7 +92,7 @@ func (p *Pool) pluggings() (srs map[xapi.Ref]SR, unplugged map[xapi.Ref]string, 
 				if why != "" {
 					why = ", for at the last start: " + why
 				}
-				unplugged[rec.SR] = fmt.Sprintf("not plugged%s. `xe pbd-plug uuid=%s` plugs it", why, rec.UUID)
+				unplugged[rec.SR] = fmt.Sprintf("not plugged%s. `patchd sr plug %s` plugs it", why, srs[rec.SR].UUID)
 			}
 		}
 		return nil
@@ -157,8 +158,9 @@ func (p *Pool) examineSR(ctx context.Context, ref xapi.Ref, about Finding) ([]Fi
 	if promised > 0 {
 		of = fmt.Sprintf(", and %s of it are promised to uploads, copies and jobs", bytesText(promised))
 	}
-	out := []Finding{say("room", stat.Free >= lowRoom, "plugged; %s may still be written%s", bytesText(stat.Free), of)}
-	if stat.Free < lowRoom {
+	low := min(lowRoom, stat.PhysicalSize/10)
+	out := []Finding{say("room", stat.Free >= low, "plugged; %s may still be written%s", bytesText(stat.Free), of)}
+	if stat.Free < low {
 		out[0] = say("room", false, "only %s may still be written%s: remove disk images there (`patchd vdi list`), or set another default SR", bytesText(stat.Free), of)
 	}
 	found := p.sortVolumes(before, volumes)
@@ -259,8 +261,7 @@ func (p *Pool) examineVDIs(context.Context) (out []Finding, err error) {
 				return err
 			}
 			if in.Undo && !p.storage.isActive(in.UUID) {
-				out = append(out, Finding{Check: "undo", Class: ClassVDI, UUID: in.VDI,
-					Text: fmt.Sprintf("what was begun with it (%s, %s) could not be undone yet; it is tried hourly and at each start", in.Kind, xapi.FormatTime(in.Created))})
+				out = append(out, undoFinding(v, in))
 			}
 		}
 		return nil
@@ -270,6 +271,30 @@ func (p *Pool) examineVDIs(context.Context) (out []Finding, err error) {
 			Text: someOf(unchecked, len(unchecked)) + ": the scrub comes to them in time; `patchd vdi verify VDI` checks one now"})
 	}
 	return out, err
+}
+
+// undoFinding tells of an operation that has failed and could not be undone.
+func undoFinding(v *store.View, in Intent) Finding {
+	f := Finding{Check: "undo", Class: ClassVDI, UUID: in.VDI}
+	what := "what was begun with it"
+	if in.Kind == IntentMakeSR || in.Kind == IntentRemoveSR {
+		f.Class, f.UUID = ClassSR, in.SRUUID
+		what += fmt.Sprintf(" (type %s, %s)", in.Type, placeOf(in.Device))
+	} else if of, err := store.Get[SR](v, ClassSR, in.SR); err == nil {
+		what += fmt.Sprintf(" on SR %s (%s)", of.NameLabel, of.UUID)
+	}
+	f.Text = fmt.Sprintf("%s at %s (%s) could not be undone yet; it is tried hourly and at each start, and the log says why it fails",
+		what, xapi.FormatTime(in.Created), in.Kind)
+	return f
+}
+
+// placeOf writes a device_config in one line.
+func placeOf(device map[string]string) string {
+	var words []string
+	for _, key := range slices.Sorted(maps.Keys(device)) {
+		words = append(words, key+"="+device[key])
+	}
+	return strings.Join(words, ",")
 }
 
 // examineOutcomes looks for applies that were begun and whose end is unknown.
@@ -306,8 +331,8 @@ func (p *Pool) examineMessages(context.Context) (out []Finding, err error) {
 			if err := it.Decode(&m); err != nil {
 				return err
 			}
-			out = append(out, Finding{Check: "message " + m.Name, Class: "message", UUID: m.UUID,
-				Text: fmt.Sprintf("%s: %s (`xe message-destroy uuid=%s` when it is dealt with)", xapi.FormatTime(m.Timestamp), m.Body, m.UUID)})
+			out = append(out, Finding{Check: "message " + m.Name, OK: m.Name == MessageVDIRepaired, Class: "message", UUID: m.UUID,
+				Text: fmt.Sprintf("%s: %s (`patchd message destroy %s` when it is dealt with)", xapi.FormatTime(m.Timestamp), m.Body, m.UUID)})
 		}
 		return nil
 	})

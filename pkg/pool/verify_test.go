@@ -140,7 +140,7 @@ func TestVerifyFindsEveryDamage(t *testing.T) {
 			r.verifies("fresh", ref, 0, "")
 			for what, off := range map[string]int64{"first byte": 0, "last byte": int64(len(data)) - 1, "hole": rec.VirtualSize - 1} {
 				r.flip(ref, sr.Live, off)
-				r.verifies(what, ref, 1, "1 of the image's 1 MiB blocks")
+				r.verifies(what, ref, 1, "one block of 1 MiB")
 				r.flip(ref, sr.Live, off)
 				r.verifies(what+", undone", ref, 0, "")
 			}
@@ -192,7 +192,7 @@ func TestOneMessageForADamageAsLongAsItStands(t *testing.T) {
 	if now := r.messages(); len(now) != 1 || now[0] != first[0] || !strings.Contains(now[0], "another digest") {
 		t.Errorf("messages %q", now)
 	}
-	r.verifies("looked at", ref, 1, "1 of the image's")
+	r.verifies("looked at", ref, 1, "one block of 1 MiB")
 	var id xapi.Ref
 	r.must(r.Store.View(func(v *store.View) error { id = v.List(ClassMessage)[0].Ref; return nil }))
 	r.must(r.MessageDestroy(t.Context(), id))
@@ -202,7 +202,7 @@ func TestOneMessageForADamageAsLongAsItStands(t *testing.T) {
 		t.Errorf("what an admin has dealt with comes back: %q", now)
 	}
 	r.flip(ref, sr.Live, vdi.MapBlock)
-	r.verifies("more damage", ref, 2, "2 of the image's")
+	r.verifies("more damage", ref, 2, "2 blocks of 1 MiB")
 	r.must(r.VDIDestroy(t.Context(), ref))
 	if now := r.messages(); len(now) != 0 {
 		t.Errorf("the image is gone, and still: %q", now)
@@ -224,15 +224,15 @@ func TestRepairTakesBlocksWhereverTheyAre(t *testing.T) {
 	for _, off := range []int64{5, 2 * vdi.MapBlock, int64(len(want)) - 1} {
 		r.flip(ref, sr.Live, off)
 	}
-	r.verifies("damaged", ref, 3, "3 of the image's")
+	r.verifies("damaged", ref, 3, "3 blocks of 1 MiB are damaged")
 	r.must(r.VDIRepair(t.Context(), ref))
 	r.good("from an earlier revision", ref, want)
 
 	r.flip(ref, sr.Live, 0)
 	r.flip(ref, sr.Live, vdi.MapBlock) // which the other one does not have
-	r.wantCode("no source", r.VDIRepair(t.Context(), ref), xapi.VDIContentChanged, string(ref), fmt.Sprintf(
-		"%d of its 1 MiB blocks are damaged and no VDI of the SRs plugged here has them: plug an SR that holds a copy and repair again, or destroy the VDI and upload the patch again", 1))
-	if rec := get[VDI](r, ClassVDI, ref); !strings.HasPrefix(rec.Damage, "1 of the image's") {
+	r.wantCode("no source", r.VDIRepair(t.Context(), ref), xapi.VDIContentChanged, string(ref),
+		"one block of 1 MiB is damaged: number 1; no VDI of the SRs plugged here has them: plug an SR that holds a copy and repair again, or destroy the VDI and upload the patch again")
+	if rec := get[VDI](r, ClassVDI, ref); !strings.HasPrefix(rec.Damage, "one block of 1 MiB") {
 		t.Errorf("what could be mended was not: %q", rec.Damage)
 	}
 	if told := r.messages(); len(told) != 1 || !strings.HasPrefix(told[0], MessageVDIDamaged) {

@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 )
 
@@ -27,9 +28,21 @@ type DamageError struct {
 // Error names the blocks.
 func (e *DamageError) Error() string {
 	if e.Want != 0 {
-		return fmt.Sprintf("the image is %d bytes long, not %d; of its 1 MiB blocks %d are damaged, first %v", e.Size, e.Want, e.Total, e.Blocks)
+		return fmt.Sprintf("the image is %d bytes long, not %d; %s", e.Size, e.Want, e.which())
 	}
-	return fmt.Sprintf("%d of the image's 1 MiB blocks are damaged, first %v", e.Total, e.Blocks)
+	return e.which()
+}
+
+// which counts the blocks and names the first ones.
+func (e *DamageError) which() string {
+	numbers := strings.Trim(fmt.Sprint(e.Blocks), "[]")
+	switch {
+	case e.Total == 1:
+		return "one block of 1 MiB is damaged: number " + numbers
+	case e.Total > int64(len(e.Blocks)):
+		return fmt.Sprintf("%d blocks of 1 MiB are damaged, the first of them: numbers %s", e.Total, numbers)
+	}
+	return fmt.Sprintf("%d blocks of 1 MiB are damaged: numbers %s", e.Total, numbers)
 }
 
 // add counts a damaged block.
