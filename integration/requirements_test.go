@@ -46,6 +46,17 @@ func TestRequirements(t *testing.T) {
 			t.Errorf("no test of row %s names it", row[1])
 		}
 	}
+	storage := regexp.MustCompile(`(?m)^\| (B\d|ST-\d\d) \| .+ \| (.+) \|$`).FindAllStringSubmatch(string(doc), -1)
+	if len(storage) != 9 {
+		t.Errorf("%d rows of the storage engine", len(storage))
+	}
+	for _, row := range storage {
+		for _, name := range regexp.MustCompile("`(Test[A-Za-z0-9_]+)`").FindAllStringSubmatch(row[2], -1) {
+			if _, ok := tests[name[1]]; !ok {
+				t.Errorf("row %s names %s, which is no test", row[1], name[1])
+			}
+		}
+	}
 	_, differs, _ := strings.Cut(string(doc), "## What differs from the proposal")
 	if strings.Count(differs, "\n- **") < 5 {
 		t.Error("what differs from the proposal is not told")
