@@ -126,6 +126,10 @@ func TestLocationTricksAreRefused(t *testing.T) {
 	must(t, os.Symlink(real, filepath.Join(base, "link")))
 	must(t, os.Symlink(base, filepath.Join(base, "up")))
 	must(t, os.WriteFile(filepath.Join(base, "file"), nil, 0o600))
+	must(t, os.MkdirAll(filepath.Join(base, "open", "mine"), 0o755))
+	must(t, os.Chmod(filepath.Join(base, "open"), 0o777))
+	must(t, os.MkdirAll(filepath.Join(base, "owned", "mine"), 0o755))
+	must(t, os.Chown(filepath.Join(base, "owned"), 12345, 0))
 	for name, path := range map[string]string{
 		"a link":                     filepath.Join(base, "link"),
 		"a link on the way":          filepath.Join(base, "up", filepath.Base(real)),
@@ -133,6 +137,8 @@ func TestLocationTricksAreRefused(t *testing.T) {
 		"below a file":               filepath.Join(base, "file", "sr"),
 		"inside another SR":          filepath.Join(real, "nested"),
 		"a parent that is not there": filepath.Join(base, "no", "sr"),
+		"below what anybody writes":  filepath.Join(base, "open", "mine", "sr"),
+		"below what somebody owns":   filepath.Join(base, "owned", "mine", "sr"),
 	} {
 		if err := d.Create(ctx, at(path)); !xapi.Is(err, xapi.ValueNotSupported) {
 			t.Errorf("create at %s: %v", name, err)

@@ -153,5 +153,24 @@ func checkOwner(folder *os.File) error {
 	if st.Uid != 0 && int(st.Uid) != os.Geteuid() {
 		return badLocation(folder.Name(), fmt.Sprintf("belongs to user %d: chown it to the user patchd runs as", st.Uid))
 	}
+	return checkWay(folder.Name())
+}
+
+// checkWay refuses a folder that somebody else can put another in the place of,
+// between a look at it and its use: whoever can write to a folder above it. Where
+// only the owner of a name may change it (/tmp), that is nobody else.
+func checkWay(path string) error {
+	for dir := filepath.Dir(path); dir != "/"; dir = filepath.Dir(dir) {
+		var st unix.Stat_t
+		if err := unix.Lstat(dir, &st); err != nil {
+			return fmt.Errorf("stat %s: %w", dir, err)
+		}
+		if st.Mode&0o022 != 0 && st.Mode&unix.S_ISVTX == 0 {
+			return badLocation(path, fmt.Sprintf("lies in %s, which others may write to: chmod go-w it", dir))
+		}
+		if st.Uid != 0 && int(st.Uid) != os.Geteuid() {
+			return badLocation(path, fmt.Sprintf("lies in %s, which belongs to user %d, who could put something else there", dir, st.Uid))
+		}
+	}
 	return nil
 }

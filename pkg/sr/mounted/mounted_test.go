@@ -162,6 +162,10 @@ func TestTricksWithImageFilesAreRefused(t *testing.T) {
 	c := l.config("64MiB")
 	c.Device["device"] = l.dir + "/mode/x.disk"
 	wantCode(t, "a folder that all can write to", d.Create(t.Context(), c), xapi.ValueNotSupported)
+	must(t, os.MkdirAll(l.dir+"/home/disks", 0o755))
+	must(t, os.Chown(l.dir+"/home", 12345, 0))
+	c.Device["device"] = l.dir + "/home/disks/x.disk"
+	wantCode(t, "a folder that somebody can put another in the place of", d.Create(t.Context(), c), xapi.ValueNotSupported)
 }
 
 // Create killed at any of its steps can be repeated, and can be taken back.
