@@ -209,6 +209,9 @@ func (n *narrow) fullWhilePut() {
 	_, signed := newcomer(n.t)
 	n.room.leave(20 * mib)
 	n.full("PUT, refused", n.put(signed, 0, nil))
+	if a := n.Upload(signed); !strings.Contains(string(a.Body), "bytes are needed") || !strings.Contains(string(a.Body), "are free") {
+		n.t.Errorf("the answer tells neither found nor required: %s", a.Body)
+	}
 	n.tidy("PUT, refused")
 	n.emptied()
 	n.full("PUT", n.put(signed, 12<<20, n.room.full))

@@ -2,7 +2,6 @@ package pool
 
 import (
 	"context"
-	"fmt"
 	"math"
 	"slices"
 
@@ -271,8 +270,7 @@ func (p *Pool) assertRoom(ctx context.Context, repo sr.Repository, ref xapi.Ref,
 		return err
 	}
 	if in.Room > stat.Free-promised {
-		return xapi.NewError(xapi.OutOfSpace, "").Because(fmt.Errorf("%d bytes are needed, %d are free, of which %d are promised to others",
-			in.Room, stat.Free, promised))
+		return xapi.NewError(xapi.OutOfSpace, "").Because(&sr.Shortage{Needed: in.Room, Free: stat.Free, Promised: promised})
 	}
 	return nil
 }

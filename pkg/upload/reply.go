@@ -2,11 +2,13 @@ package upload
 
 import (
 	"encoding/json"
+	"errors"
 	"io"
 	"net/http"
 	"strings"
 	"time"
 
+	"github.com/patchd/patchd/pkg/sr"
 	"github.com/patchd/patchd/pkg/xapi"
 )
 
@@ -69,6 +71,10 @@ func describe(err error) (int, problem) {
 	}
 	if len(p.Params) > 0 {
 		p.Message += ": " + strings.Join(p.Params, ", ")
+	}
+	var short *sr.Shortage
+	if errors.As(err, &short) {
+		p.Message += ": " + short.Error()
 	}
 	return status, p
 }

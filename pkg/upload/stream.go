@@ -190,7 +190,7 @@ func (u *patchUpload) checkRoom(ctx context.Context, need int64) error {
 		return fmt.Errorf("room on SR %s: %w", u.where.UUID, err)
 	}
 	if st.Free-promised < need {
-		return outOfSpace(u.where).Because(fmt.Errorf("%d bytes are needed, %d are free, of which %d are promised to others", need, st.Free, promised))
+		return outOfSpace(u.where).Because(&sr.Shortage{Needed: need, Free: st.Free, Promised: promised})
 	}
 	return nil
 }
@@ -206,7 +206,7 @@ func (u *patchUpload) watchRoom(ctx context.Context) error {
 		return fmt.Errorf("room on SR %s: %w", u.where.UUID, err)
 	}
 	if st.Free < headroom/2 {
-		return outOfSpace(u.where).Because(fmt.Errorf("%d bytes are free, %d are needed", st.Free, headroom/2))
+		return outOfSpace(u.where).Because(&sr.Shortage{Needed: headroom / 2, Free: st.Free})
 	}
 	return nil
 }
