@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The main job, end to end, on a temporary state directory: a signing key, a
-# signed 64 MiB patch, upload, apply, the records, the effect on the host.
-# Leaves nothing behind.
+# signed 64 MiB patch, upload, apply, the records, the effect on the host. Then
+# storage: an SR of its own, an upload that is killed, a revision, a damaged
+# image. Leaves nothing behind.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH=$PATH:/usr/sbin:/sbin
@@ -13,8 +14,12 @@ fi
 
 work=$(mktemp -d /var/tmp/patchd-demo.XXXXXX)
 daemon=
+export XDG_STATE_HOME=$work/client
 say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 run() { printf '$ %s\n' "${*//$patchd/patchd}"; "$@"; }
+
+# uuid_of gives the uuid of the one disk image that the patch of this name is in.
+uuid_of() { "$patchd" vdi list | awk -v patch="$1" '$(NF-1) == patch { print $1 }'; }
 
 cleanup() {
 	status=$?
@@ -90,9 +95,40 @@ run cat "$work/greeting"
 grep -q "$uuid" "$work/greeting"
 
 say "Free its room: the record stays, for the host has the patch"
-vdi=$("$patchd" vdi list -o json | sed -n 's/.*"uuid": "\(.*\)".*/\1/p')
+vdi=$(uuid_of hello)
 run "$patchd" vdi destroy "$vdi"
 run "$patchd" patch list
+
+say "Storage: XFS in an image file, where clones take no time"
+run "$patchd" sr create --name patches --type xfs --device-config "device=$work/patches.img,size=1GiB"
+run "$patchd" sr set-default patches
+run "$patchd" sr list
+
+say "An upload whose client is killed goes on where it was"
+cp -r "$work/hello" "$work/world"
+sed -i 's/hello/world/' "$work/world/info.toml"
+run "$patchd" patch build "$work/world" --gpg-key signer@example.test --out "$work/world.xsupdate"
+"$patchd" patch upload "$work/world.xsupdate" &
+upload=$!
+until grep -qs location "$XDG_STATE_HOME/patchd/uploads.json"; do # it has begun
+	kill -0 "$upload" || break
+	sleep 0.01
+done
+sleep 0.05
+kill -9 "$upload" 2>/dev/null || true
+wait "$upload" 2>/dev/null || true
+run "$patchd" task list
+run "$patchd" patch upload "$work/world.xsupdate"
+run "$patchd" patch upload "$work/world.xsupdate"
+
+say "Damage is found, and mended from a copy on another SR"
+vdi=$(uuid_of world)
+run "$patchd" vdi copy "$vdi" --sr "Local storage"
+image=$(echo "$work"/state/mnt/*/"$vdi.img")
+echo damage | run dd of="$image" bs=1 seek=40000000 conv=notrunc status=none
+run "$patchd" vdi verify "$vdi" || echo "(exit code $?)"
+run "$patchd" vdi repair "$vdi"
+run "$patchd" vdi verify "$vdi"
 
 say "Stop"
 kill "$daemon"
