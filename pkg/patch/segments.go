@@ -211,7 +211,7 @@ func ReadOutline(ctx context.Context, r io.ReadSeeker) (Outline, error) {
 	o, err := readSegmented(io.TeeReader(src, sum))
 	if err != nil && src.err == nil {
 		o = Outline{}
-		_, err = io.Copy(sum, src)
+		io.Copy(sum, src) //nolint:errcheck // src keeps the error
 	}
 	o.Sum, o.Size = sum.close()
 	if src.err != nil {

@@ -167,16 +167,7 @@ func (h *Handler) chooseSR(ctx context.Context, requested string) (sr.Candidate,
 	if err != nil {
 		return sr.Candidate{}, nil, err
 	}
-	repo, err := h.Pool.Repository(ref)
-	if err != nil {
-		return sr.Candidate{}, nil, err
-	}
-	for _, c := range candidates {
-		if c.Ref == ref {
-			return c, repo, nil
-		}
-	}
-	return sr.Candidate{}, nil, xapi.NewError(xapi.HandleInvalid, pool.ClassSR, string(ref))
+	return h.findSR(ctx, ref)
 }
 
 // checkRoom makes sure that need bytes are free, and promised to nobody else.
