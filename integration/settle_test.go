@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -76,6 +77,35 @@ func TestB6_WhatIsThereIsNoFailure(t *testing.T) {
 				if tasks[ref] == nil && (rec["status"] != "success" || plain(rec["result"].(string)) != made) {
 					t.Errorf("%s was made, and the task says %v", made, rec)
 				}
+			}
+		})
+	}
+}
+
+// An upload that needs another image than it began with, for its message is
+// compressed, goes on also when the daemon dies between the two.
+func TestB6_KilledBetweenTwoDrafts(t *testing.T) {
+	t.Parallel()
+	for _, plan := range []string{"die@sr.create.done#2", "die@sr.destroy#1", "die@sr.destroy.done#1", "die@sr.destroy.done#2"} {
+		t.Run(plan, func(t *testing.T) {
+			t.Parallel()
+			v := newVictim(t, lab.Options{})
+			payload := (&lab.Patch{Pad: 1 << 20}).Payload()
+			message := lab.DefaultKey(t).GPG(t, payload, "--sign", "-z", "6")
+			c := &tusClient{Host: v.Host}
+			v.let(plan, "")
+			c.create(len(message))
+			c.send(message, 0, 1, nil)
+			<-v.Exited()
+			v.up()
+			res := c.send(message, c.offset(), 1, nil)
+			if res == nil || res.StatusCode != http.StatusNoContent || res.Header.Get("Patchd-Pool-Patch") == "" {
+				t.Fatalf("the upload does not go on: %v", res)
+			}
+			vdi := vdiOf(v.s, res.Header.Get("Patchd-Pool-Patch"))
+			checkImage(t, image(v.s, vdi), payload)
+			if left := append(inSR(t, filepath.Join(v.StateDir, "sr"), "*"), v.uploads()...); len(left) != 2 {
+				t.Errorf("the SR holds %v", left)
 			}
 		})
 	}

@@ -26,6 +26,8 @@ func (s *sending) lost(ctx context.Context, err error) (record, error) {
 	case task.text("status") == "success":
 		ref := strings.TrimSuffix(strings.TrimPrefix(task.text("result"), "<value>"), "</value>")
 		return s.record(ctx, ref)
+	case task.text("status") == "failure" && len(info) > 0 && info[0] == xapi.InternalError:
+		return nil, errors.Join(errGone, err) // a restart has cut it off: perhaps it goes better now
 	case task.text("status") == "failure" && len(info) > 0:
 		params := make([]string, len(info)-1)
 		for i := range params {

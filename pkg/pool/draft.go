@@ -11,6 +11,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/patchd/patchd/pkg/sr"
 	"github.com/patchd/patchd/pkg/store"
 	"github.com/patchd/patchd/pkg/vdi"
@@ -279,6 +281,19 @@ func (d *Draft) Path() string { return d.path }
 
 // Size is the length of the volume in bytes: at least what was asked for.
 func (d *Draft) Size() int64 { return d.size }
+
+// Clear makes all of the volume read as zeros, and durably so, where that needs
+// no writing: EOPNOTSUPP else.
+func (d *Draft) Clear() error {
+	err := unix.Fallocate(int(d.file.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, 0, d.size)
+	if err == nil {
+		err = d.file.Sync()
+	}
+	if err != nil {
+		return fmt.Errorf("clear draft %s: %w", d.in.UUID, err)
+	}
+	return nil
+}
 
 // Note is what was last noted.
 func (d *Draft) Note() map[string]string {

@@ -134,6 +134,10 @@ func (h *Handler) Start(ctx context.Context) error {
 		if !ours {
 			continue
 		}
+		if err == nil && h.find(p.ID) != nil {
+			h.discard(ctx, d.ID) // the crash was in the middle of run.swap
+			continue
+		}
 		if err == nil {
 			err = h.takeUp(d, p)
 		}
@@ -200,16 +204,21 @@ func (h *Handler) newResumable(p plan, draft xapi.UUID, t *task.Handle) *resumab
 
 // drop removes a draft that nobody can go on with, and ends its task.
 func (h *Handler) drop(ctx context.Context, id xapi.UUID, ref xapi.Ref, cause error) {
+	h.discard(ctx, id)
+	cause = xapi.NewError(xapi.InternalError, "the upload could not go on after a restart of patchd").Because(cause)
+	if err := h.Tasks.Complete(ctx, ref, "", cause); err != nil {
+		h.Log.WithError(err).WithField("task_ref", ref).Debug("the task of an upload has ended before")
+	}
+}
+
+// discard removes a draft.
+func (h *Handler) discard(ctx context.Context, id xapi.UUID) {
 	d, err := h.Drafts.OpenDraft(ctx, id)
 	if err == nil {
 		err = d.Discard(ctx)
 	}
 	if err != nil {
 		h.Log.WithError(err).WithField("draft", id).Warn("the draft of an upload is not removed yet; the sweeper does it")
-	}
-	cause = xapi.NewError(xapi.InternalError, "the upload could not go on after a restart of patchd").Because(cause)
-	if err := h.Tasks.Complete(ctx, ref, "", cause); err != nil {
-		h.Log.WithError(err).WithField("task_ref", ref).Debug("the task of an upload has ended before")
 	}
 }
 

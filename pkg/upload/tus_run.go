@@ -181,19 +181,35 @@ func (r *run) write(done int64) (err error) {
 	return err
 }
 
-// swap gives the upload another draft, an empty one.
+// swap gives the upload another draft, an empty one. While both are there a
+// restart goes on with the old one, see Start; only where there is no room for
+// both a crash just then ends the upload.
 func (r *run) swap(next plan) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.ctx), finishTime)
 	defer cancel()
-	if err := r.draft.Discard(ctx); err != nil {
-		return err
-	}
+	old := r.draft
 	d, err := r.u.h.newDraft(ctx, next, r.u.expiry())
+	if xapi.Is(err, xapi.OutOfSpace) {
+		if err := old.Discard(ctx); err != nil {
+			return err
+		}
+		d, err = r.u.h.newDraft(ctx, next, r.u.expiry())
+	}
 	if err != nil {
 		return err
 	}
 	r.draft, r.fresh = d, true
 	r.u.setDraft(d.ID(), next)
+	return old.Discard(ctx)
+}
+
+// clear makes the draft an empty one.
+func (r *run) clear() error {
+	if err := r.draft.Clear(); err != nil {
+		r.u.logger.WithError(err).Debug("the image of an upload cannot be emptied and is made anew")
+		return r.swap(r.u.plan)
+	}
+	r.fresh = true
 	return nil
 }
 
@@ -212,7 +228,7 @@ func (r *run) prepare() (resumePoint, error) {
 	}
 	if point.done == 0 && !r.fresh && !r.u.plan.Over {
 		// The image may hold what no log tells of.
-		if err := r.swap(r.u.plan); err != nil {
+		if err := r.clear(); err != nil {
 			return point, err
 		}
 	}
