@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"sync/atomic"
 	"syscall"
@@ -180,13 +179,7 @@ func TestCopyVerifiedOntoAFullDisk(t *testing.T) {
 }
 
 func TestCopyVerifiedClonesWhereItCan(t *testing.T) {
-	f := fresh(t, 300*mib)
-	if out, err := exec.Command("mkfs.xfs", "-q", "-m", "reflink=1", f.Name()).CombinedOutput(); err != nil {
-		t.Fatalf("mkfs.xfs: %v %s", err, out)
-	}
-	dir := t.TempDir()
-	busy(func() bool { return exec.Command("mount", "-o", "loop", f.Name(), dir).Run() != nil })
-	t.Cleanup(func() { unmount(t, dir) })
+	dir := mountXFS(t)
 	src, m := sample(t, dir, 4*mib)
 	dst, err := os.Create(filepath.Join(dir, "copy"))
 	if err != nil {

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strconv"
@@ -63,21 +62,7 @@ func TestWriteToABlockDevice(t *testing.T) {
 	eachLayout(t, func(t *testing.T, o Options) {
 		const n, size = 9*mib + 5, 40 * mib
 		image := fresh(t, size)
-		out, err := exec.Command("losetup", "--find", "--show", image.Name()).Output()
-		if err != nil {
-			t.Fatal(err)
-		}
-		path := strings.TrimSpace(string(out))
-		t.Cleanup(func() {
-			if out, err := exec.Command("losetup", "-d", path).CombinedOutput(); err != nil {
-				t.Errorf("losetup -d: %v\n%s", err, out)
-			}
-		})
-		dev, err := os.OpenFile(path, os.O_RDWR, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer dev.Close()
+		dev := loop(t, image.Name())
 		writeTo(t, dev, o, size, n, payload(n))
 		data, _ := io.ReadAll(payload(n))
 		o.Done = 3 * mib
