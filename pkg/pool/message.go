@@ -14,7 +14,6 @@ const messageKeep = 1000
 const (
 	MessageApplyUnknown  = "PATCH_APPLY_OUTCOME_UNKNOWN"
 	MessageCleanupFailed = "PATCH_CLEANUP_FAILED"
-	MessageStampBad      = "PATCH_STAMPFILE_UNREADABLE"
 	MessageVDIDamaged    = "VDI_DAMAGED"
 	MessageVDIRepaired   = "VDI_REPAIRED"
 )

@@ -1,6 +1,7 @@
 // Package pool owns the records of the pool and every operation on them:
 // introduce, precheck, apply, pool_apply, clean and destroy of patches; create,
-// plug, scan and destroy of SRs; create, clone, copy and destroy of VDIs; the
+// plug, scan and destroy of SRs; create, clone, copy, verify, repair and
+// destroy of VDIs, and VDIs in the making (Draft); room that is promised; the
 // comparison of records with what a host really has.
 //
 // What changes the pool's records goes through one store transaction. What

@@ -60,13 +60,6 @@ func CopyVerified(ctx context.Context, dst Repository, dstName Name, src Reposit
 	return undo.Close(ctx, c.into(ctx, from))
 }
 
-// CopyInto copies all bytes of from into the existing volume dstName, which
-// must be as large at least and read as zeros, and syncs it. What it has
-// written when it fails stays.
-func CopyInto(ctx context.Context, dst Repository, dstName Name, from *os.File, progress func(done, total int64)) error {
-	return copying{repo: dst, name: dstName, progress: progress}.into(ctx, from)
-}
-
 // copying is one copy into volume name of repo.
 type copying struct {
 	repo     Repository

@@ -7,20 +7,16 @@ import (
 	"github.com/patchd/patchd/pkg/fault"
 )
 
-// Faulty is r with a fault.Point before and after every call that has an
-// effect: "sr.create", "sr.create.done" and so on. In a release build the
-// points are empty.
-func Faulty(r Repository) Repository { return FaultyAt(r, fault.Point) }
-
-// FaultyAt is Faulty with a point function of one's own. An error of a point
-// before the call stands for a call that was never made, of one after it for
-// an answer that was lost: the effect has happened.
+// FaultyAt is r with a point before and after every call that has an effect:
+// "sr.create", "sr.create.done" and so on. An error of a point before the call
+// stands for a call that was never made, of one after it for an answer that was
+// lost: the effect has happened.
 func FaultyAt(r Repository, point func(name string) error) Repository {
 	return &faulty{Repository: r, point: point}
 }
 
-// FaultyDriver is d with such points at "sr.make", "sr.attach" and
-// "sr.remove" (Create, Attach and Destroy of an SR), and whose repositories are Faulty.
+// FaultyDriver is d with a fault.Point, empty in a release build, at "sr.make", "sr.attach" and
+// "sr.remove" (Create, Attach and Destroy of an SR), and at the effects of its repositories.
 func FaultyDriver(d Driver) Driver { return FaultyDriverAt(d, fault.Point) }
 
 // FaultyDriverAt is FaultyDriver with a point function of one's own.

@@ -1,8 +1,8 @@
 // Package upload serves what goes over HTTP as bytes and not as calls:
 //
 //	PUT /pool_patch_upload     a signed patch becomes a VDI and a pool_patch
-//	GET /pool_patch_download   the classic patch file of the coordinator
 //	/pool_patch_uploads        the same, resumable: tus 1.0 (docs/resumable-upload.md)
+//	GET /pool_patch_download   the classic patch file of the coordinator
 //	GET /pool_patch_chunks     the chunks of a patch, for deltas to it (docs/delta.md)
 //	PUT /import_raw_vdi        the content of a VDI, a new or an existing one
 //	GET /export_raw_vdi        the content of a VDI: whole, its data, or some blocks
