@@ -160,6 +160,9 @@ func (s *soaker) putPatch(t *testing.T, r *rand.Rand) {
 	if e := a.Err(); err == nil && e != nil {
 		err = e
 	}
+	if err == nil && a.Status >= 300 {
+		err = fmt.Errorf("HTTP %d", a.Status) // such as 503 at the start
+	}
 	if err == nil && k.task != "" {
 		_, err = s.follow(k.task)
 	}
