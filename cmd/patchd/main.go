@@ -139,7 +139,7 @@ func argsAreUsage(cmd *cobra.Command) {
 		if check := c.Args; check != nil {
 			c.Args = func(cmd *cobra.Command, args []string) error {
 				if err := check(cmd, args); err != nil {
-					return usageError{err}
+					return usagef("%w: %s", err, cmd.UseLine())
 				}
 				return nil
 			}
