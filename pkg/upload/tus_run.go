@@ -28,6 +28,8 @@ const (
 	// resumableBuffer is the size of the image writer's buffers, in bytes. What
 	// is in all of them has to fit the ring of the log.
 	resumableBuffer = 512 << 10
+	// sizeSlack is how much longer than asked for an SR may make a volume.
+	sizeSlack = 64 * mib
 )
 
 // errParked is the cause with which a run is told to stop, to go on later.
@@ -175,6 +177,9 @@ func (r *run) begin(compressed bool) error {
 func (r *run) write(done int64) (err error) {
 	p := r.u.plan
 	o := vdi.Options{Layout: cmp.Or(p.Layout, r.u.h.Layout), Dom0: r.u.h.Dom0, Buffer: resumableBuffer, Done: done, Over: p.Over}
+	if most := vdi.Size(p.expect()) + sizeSlack; !p.Over && r.draft.Size() > most {
+		return xapi.NewError(xapi.VDIIOError, fmt.Sprintf("the unfinished image has %d bytes, more than it was made with", r.draft.Size()))
+	}
 	// What is in the buffers still goes to the disk when the run is told to stop.
 	r.writer, err = vdi.NewWriter(context.WithoutCancel(r.ctx), r.draft.File(), r.draft.Size(), p.expect(), o)
 	r.fresh = false
