@@ -252,8 +252,12 @@ func (s *soaker) copyImage(t *testing.T, r *rand.Rand) {
 		ref, err = s.follow(ref)
 	}
 	s.mu.Lock()
-	if it.made = heard(err); it.made == yes {
+	it.made = heard(err)
+	switch {
+	case it.made == yes:
 		it.ref = plain(ref)
+	case it.made == no && s.stopping:
+		it.made = maybe // the copy goes on at the next start, under its task
 	}
 	s.mu.Unlock()
 	s.note("%s of %s (%s) to %s: cancelled %v, %v %v", method, k.vdi, k.UUID, sr.name, cancel, ref, err)
