@@ -99,7 +99,7 @@ func explain(ctx context.Context, c *client, err error) error {
 	for _, t := range troubles {
 		if t.code == e.Code {
 			text = fill(t.meaning, params)
-			if t.cure != "" {
+			if told := strings.Contains(text, "upload the patch again"); t.cure != "" && !told {
 				text += ": " + fill(t.cure, params)
 			}
 		}

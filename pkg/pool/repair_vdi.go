@@ -223,7 +223,7 @@ func (p *Pool) mendBlocks(ctx context.Context, l look, f *os.File, m *vdi.Map, d
 func (p *Pool) notEnough(ctx context.Context, l look, left *vdi.DamageError) error {
 	report := VerifyReport{VDI: l.ref, Checked: p.Now().UTC(), Damaged: left.Total, Damage: left.Error()}
 	return errors.Join(xapi.NewError(xapi.VDIContentChanged, string(l.ref), left.Error()+
-		"; no VDI of the SRs plugged here has good ones, so plug an SR that holds a copy and repair again"), p.noteReport(ctx, l.rec, report, ""))
+		"; no VDI of the SRs plugged here has good ones, so plug an SR that holds a copy and repair again, or destroy the VDI and upload the patch again"), p.noteReport(ctx, l.rec, report, ""))
 }
 
 // sourcesOf shows the donors as images that m describes.

@@ -231,7 +231,7 @@ func TestRepairTakesBlocksWhereverTheyAre(t *testing.T) {
 	r.flip(ref, sr.Live, 0)
 	r.flip(ref, sr.Live, vdi.MapBlock) // which the other one does not have
 	r.wantCode("no source", r.VDIRepair(t.Context(), ref), xapi.VDIContentChanged, string(ref),
-		"one block of 1 MiB is damaged: number 1; no VDI of the SRs plugged here has good ones, so plug an SR that holds a copy and repair again")
+		"one block of 1 MiB is damaged: number 1; no VDI of the SRs plugged here has good ones, so plug an SR that holds a copy and repair again, or destroy the VDI and upload the patch again")
 	if rec := get[VDI](r, ClassVDI, ref); !strings.HasPrefix(rec.Damage, "one block of 1 MiB") {
 		t.Errorf("what could be mended was not: %q", rec.Damage)
 	}
