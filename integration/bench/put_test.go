@@ -44,9 +44,11 @@ func benchPut(b *bench) []row {
 	put := b.pairs(row{name: "Put1GiB", what: "PUT of 1 GiB: signature, SHA-256, block map, fsync", baseline: "PUT into a raw file, io.Copy, fsync", target: 1.0},
 		func() time.Duration {
 			defer os.Remove(raw)
+			b.run("sync") // the disk is idle on both sides
 			return b.curlPut(server.URL, "-", path)
 		},
 		func() time.Duration {
+			b.run("sync")
 			took := b.curlPut(h.URL+"/pool_patch_upload", s.Ref, path)
 			onSR.figures = append(onSR.figures, float64(b.blocksBelow(filepath.Join(h.StateDir, "sr"))-4*mib)/float64(gib))
 			destroyPatch(s, p)
@@ -80,9 +82,11 @@ func benchPutTLS(b *bench) []row {
 	return []row{b.pairs(row{name: "Put1GiBTLS", what: "the same over TLS", baseline: "the raw file over TLS", target: 1.05},
 		func() time.Duration {
 			defer os.Remove(raw)
+			b.run("sync")
 			return b.curlPut(server.URL, "-", path, "-k", "--http1.1")
 		},
 		func() time.Duration {
+			b.run("sync")
 			took := b.curlPut(h.TLSURL+"/pool_patch_upload", s.Ref, path, "-k", "--http1.1")
 			destroyPatch(s, p)
 			return took

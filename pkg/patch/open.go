@@ -41,6 +41,9 @@ type Options struct {
 	// accepted. It comes from the configuration file and from nowhere else.
 	Pinned []string
 	Limits Limits
+	// Ahead says that small reads cost nothing, for what is read lies in memory
+	// already: then it is not copied once more.
+	Ahead bool
 }
 
 // Message reads the payload of one patch file.
@@ -116,6 +119,10 @@ func (m *Message) open(r *bufio.Reader, keys *Keyring, o Options) error {
 		}
 		return m.openInline(bufio.NewReaderSize(a, 32<<10), keys, o)
 	case begin[0]&0x80 != 0:
+		if o.Ahead {
+			have := io.LimitReader(r, int64(r.Buffered()))
+			r = bufio.NewReaderSize(io.MultiReader(have, m.source), 4<<10)
+		}
 		return m.openInline(r, keys, o)
 	case len(o.Pinned) > 0:
 		m.openPinned(r, o.Pinned)

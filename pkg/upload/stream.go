@@ -132,7 +132,9 @@ func (u *patchUpload) open(ctx context.Context, keys *patch.Keyring) (leave func
 			return nil, err
 		}
 	}
-	u.message, err = patch.Open(io.MultiReader(bytes.NewReader(begin[:n]), u.in), keys, u.h.Check)
+	check := u.h.Check
+	_, check.Ahead = u.in.(*ahead)
+	u.message, err = patch.Open(io.MultiReader(bytes.NewReader(begin[:n]), u.in), keys, check)
 	if err != nil {
 		leave()
 		return nil, err
