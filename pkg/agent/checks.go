@@ -17,11 +17,14 @@ type identity struct {
 	sec, nanos int64
 }
 
+// clockTick is longer than the clocks of filesystems take from one value to the
+// next: 10 ms at most.
+const clockTick = 100 * time.Millisecond
+
 // settled tells whether a file's ctime is old enough to show the next write:
-// clocks of filesystems tick in milliseconds, and two writes in one tick leave
-// the same ctime.
+// two writes in one tick of the filesystem's clock leave the same ctime.
 func (id identity) settled(now time.Time) bool {
-	return now.Sub(time.Unix(id.sec, id.nanos)) > time.Second
+	return now.Sub(time.Unix(id.sec, id.nanos)) > clockTick
 }
 
 // identify looks at a volume; only regular files have an identity that a
