@@ -40,7 +40,7 @@ type body struct {
 	reported int64
 	deadline time.Time
 	err      error
-	stop     context.CancelFunc // ends a Read that waits for the client, and all later ones
+	cancel   context.CancelFunc
 	unhook   func() bool
 }
 
@@ -51,7 +51,7 @@ func (c *call) newBody(ctx context.Context, t *task.Handle) *body {
 	if b.length == unknownLength {
 		b.length, b.openEnd = -1, true
 	}
-	b.ctx, b.stop = context.WithCancel(ctx)
+	b.ctx, b.cancel = context.WithCancel(ctx)
 	// A Read that waits for the client ends when the task does.
 	b.unhook = context.AfterFunc(b.ctx, func() { b.rc.SetReadDeadline(time.Unix(1, 0)) })
 	return b
@@ -59,7 +59,16 @@ func (c *call) newBody(ctx context.Context, t *task.Handle) *body {
 
 func (b *body) close() {
 	b.unhook()
-	b.stop()
+	b.cancel()
+}
+
+// stop ends a Read that waits for the client, and all later ones.
+func (b *body) stop() {
+	hooked := b.unhook()
+	b.cancel()
+	if hooked {
+		b.rc.SetReadDeadline(time.Unix(1, 0)) //nolint:errcheck // as in newBody
+	}
 }
 
 func (b *body) size() int64 { return b.n }
