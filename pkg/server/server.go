@@ -253,10 +253,12 @@ func (s *Server) Run(ctx context.Context, ready func()) error {
 	}
 	var wg sync.WaitGroup
 	wg.Go(func() { cancel(s.agent.Run(ctx)) })
-	wg.Go(func() { s.housekeeping(ctx) })
-	wg.Go(func() { s.sweeping(ctx) })
-	wg.Go(func() { s.scrubbing(ctx) })
-	wg.Go(func() { s.replugging(ctx) })
+	wg.Go(func() { s.every(ctx, housekeepingEvery, "housekeeping", s.keepHouse) })
+	wg.Go(func() { s.every(ctx, sweepEvery, "the sweep", s.pool.Sweep) })
+	wg.Go(func() { s.every(ctx, replugEvery, "plugging SRs that were away", s.pool.ReplugFailed) })
+	wg.Go(func() {
+		s.pool.Scrub(ctx, pool.ScrubOptions{Interval: time.Duration(s.config.ScrubInterval), Rate: s.config.ScrubRate})
+	})
 	wg.Go(func() {
 		select {
 		case <-s.leader.Done():
@@ -400,16 +402,19 @@ func (s *Server) takeUp(ctx context.Context, ref xapi.Ref, f func(context.Contex
 	return nil
 }
 
-// housekeepingEvery is how often old records are collected, sweepEvery how often
-// left-over volumes are. At the start the repair of the storage has done that.
+// How often old records are collected, left-over volumes are (at the start the
+// repair of the storage has done that), and SRs are tried again that could not
+// be plugged at the start.
 const (
 	housekeepingEvery = 5 * time.Minute
 	sweepEvery        = time.Hour
+	replugEvery       = 30 * time.Second
 )
 
-// sweeping has a loop of its own: an SR that does not answer may keep it waiting.
-func (s *Server) sweeping(ctx context.Context) {
-	tick := time.NewTicker(sweepEvery)
+// every calls f again and again, until ctx ends. What may have to wait, as for an
+// SR that does not answer, has a loop of its own.
+func (s *Server) every(ctx context.Context, pause time.Duration, what string, f func(context.Context) error) {
+	tick := time.NewTicker(pause)
 	defer tick.Stop()
 	for {
 		select {
@@ -417,30 +422,16 @@ func (s *Server) sweeping(ctx context.Context) {
 			return
 		case <-tick.C:
 		}
-		if err := s.pool.Sweep(ctx); err != nil && ctx.Err() == nil {
-			s.log.WithError(err).Error("the sweep failed; it is tried again in an hour")
+		if err := f(ctx); err != nil && ctx.Err() == nil {
+			s.log.WithError(err).Errorf("%s failed; it is tried again in %s", what, pause)
 		}
 	}
 }
 
-func (s *Server) housekeeping(ctx context.Context) {
-	tick := time.NewTicker(housekeepingEvery)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
-		boundMemory()
-		err := errors.Join(s.tasks.GC(ctx), s.pool.CollectJobs(ctx), s.sessions.GC(ctx), s.forgetAttested())
-		if _, rerr := s.state.useReserve(s.dom0, s.log); rerr != nil {
-			err = errors.Join(err, rerr)
-		}
-		if err != nil && ctx.Err() == nil {
-			s.log.WithError(err).Error("housekeeping failed; it is tried again in five minutes")
-		}
-	}
+func (s *Server) keepHouse(ctx context.Context) error {
+	boundMemory()
+	_, err := s.state.useReserve(s.dom0, s.log)
+	return errors.Join(s.tasks.GC(ctx), s.pool.CollectJobs(ctx), s.sessions.GC(ctx), s.forgetAttested(), err)
 }
 
 // Close ends everything; runners go on.

@@ -1,20 +1,13 @@
 package server
 
 import (
-	"context"
 	"time"
 
 	"github.com/patchd/patchd/pkg/patch"
-	"github.com/patchd/patchd/pkg/pool"
 )
 
 // attested is this host's own memory of what it has verified.
 func (s *Server) attested() patch.Attestations { return patch.Attestations(s.state.path("attested")) }
-
-// scrubbing looks at golden images in the background.
-func (s *Server) scrubbing(ctx context.Context) {
-	s.pool.Scrub(ctx, pool.ScrubOptions{Interval: time.Duration(s.config.ScrubInterval), Rate: s.config.ScrubRate})
-}
 
 // attestedKeep is how long an attestation stays whose image is in no record:
 // an upload attests before its records are written.
