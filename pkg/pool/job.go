@@ -180,20 +180,28 @@ func (p *Pool) JobByUUID(id xapi.UUID) (ref xapi.Ref, job Job, ok bool) {
 	return ref, job, ok
 }
 
+// wantedJob gives a job that waits to be carried out. Codes: TASK_CANCELLED,
+// OTHER_OPERATION_IN_PROGRESS, HANDLE_INVALID.
+func wantedJob(tx *store.Tx, ref xapi.Ref) (Job, error) {
+	job, err := store.Read[Job](tx, ClassJob, ref)
+	switch {
+	case err != nil:
+	case job.State != JobQueued:
+		err = xapi.NewError(xapi.OtherOperationInProgress, "job", string(ref))
+	case job.Cancel:
+		err = xapi.NewError(xapi.TaskCancelled, string(job.Task.OrNull()))
+	}
+	return job, err
+}
+
 // JobClaim is the last gate before anything of a patch runs: it succeeds once
 // for each attempt, and only for a job that is still wanted. Codes:
 // TASK_CANCELLED, OTHER_OPERATION_IN_PROGRESS, HANDLE_INVALID.
 func (p *Pool) JobClaim(ctx context.Context, ref xapi.Ref) (attempt int64, err error) {
 	err = p.Store.Update(ctx, func(tx *store.Tx) error {
-		var job Job
-		if err := tx.Get(ClassJob, ref, &job); err != nil {
+		job, err := wantedJob(tx, ref)
+		if err != nil {
 			return err
-		}
-		switch {
-		case job.State != JobQueued:
-			return xapi.NewError(xapi.OtherOperationInProgress, "job", string(ref))
-		case job.Cancel:
-			return xapi.NewError(xapi.TaskCancelled, string(job.Task.OrNull()))
 		}
 		job.State = JobClaimed
 		job.Attempt++

@@ -39,15 +39,9 @@ func (p *Pool) JobPromise(ctx context.Context, ref xapi.Ref, want Promise) (foun
 		return 0, err
 	}
 	err = p.Store.Update(ctx, func(tx *store.Tx) error {
-		var job Job
-		if err := tx.Get(ClassJob, ref, &job); err != nil {
+		job, err := wantedJob(tx, ref)
+		if err != nil {
 			return err
-		}
-		switch {
-		case job.State != JobQueued:
-			return xapi.NewError(xapi.OtherOperationInProgress, "job", string(ref))
-		case job.Cancel:
-			return xapi.NewError(xapi.TaskCancelled, string(job.Task.OrNull()))
 		}
 		open, err := p.openPromises(tx, want.SR)
 		if err != nil {
