@@ -7,7 +7,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -124,7 +123,7 @@ func (h *Handler) Start(ctx context.Context) error {
 	if err := os.MkdirAll(h.UploadsDir, 0o700); err != nil {
 		return err
 	}
-	h.boot = bootID()
+	h.boot = h.bootID()
 	drafts, err := h.Drafts.Drafts()
 	if err != nil {
 		return err
@@ -161,14 +160,15 @@ func (h *Handler) Start(ctx context.Context) error {
 // slack is how much later than it counts the expiry stands in a note.
 func (h *Handler) slack() time.Duration { return max(h.UploadExpiry/16, 5*time.Minute) }
 
-// bootID names this boot of the system; a name of its own where the kernel has
-// none, so that nothing that was not synced is trusted.
-func bootID() string {
-	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil || len(b) == 0 {
+// bootID names this boot of the system; a name of its own where that cannot be
+// learned, so that nothing that was not synced is trusted.
+func (h *Handler) bootID() string {
+	id, err := h.Dom0.BootID()
+	if err != nil {
+		h.Log.WithError(err).Warn("this boot has no name: uploads go on from what was synced")
 		return string(xapi.NewUUID())
 	}
-	return strings.TrimSpace(string(b))
+	return id
 }
 
 // takeUp makes an upload of a draft that an earlier process has left.
