@@ -220,7 +220,9 @@ func (r *run) main(leave func()) {
 	os.Remove(r.u.h.logPath(r.u.plan.ID) + newSuffix) //nolint:errcheck // seldom there; the next start looks again
 	if err != nil && r.goesOn() {
 		r.u.reread()
-		r.u.logger.WithError(r.draft.Close()).Debug("an upload is parked")
+		if cerr := r.draft.Close(); cerr != nil {
+			r.u.logger.WithError(cerr).Warn("the image of an upload that waits could not be closed")
+		}
 		return
 	}
 	if err != nil && r.ctx.Err() != nil {
