@@ -2,7 +2,9 @@ package agent
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -23,21 +25,25 @@ import (
 type Coordinator interface {
 	Jobs(host xapi.Ref) (jobs []pool.Assignment, rev int64, err error)
 	WaitChange(ctx context.Context, rev int64) error
-	JobByUUID(id xapi.UUID) (xapi.Ref, pool.Job, bool)
+	FindJob(ctx context.Context, id xapi.UUID) (job pool.Job, there bool, err error)
 	JobPromise(ctx context.Context, job xapi.Ref, want pool.Promise) (found int64, err error)
 	JobClaim(ctx context.Context, job xapi.Ref) (attempt int64, err error)
 	JobReport(ctx context.Context, job xapi.Ref, progress float64, tail string) error
 	JobRequeue(ctx context.Context, job xapi.Ref) error
 	JobFinish(ctx context.Context, job xapi.Ref, o pool.Outcome) error
 	VDIDamaged(ctx context.Context, vdi xapi.Ref, text string) error
-	PatchFile(uuid xapi.UUID) (*os.File, int64, error)
+	FetchPatch(ctx context.Context, uuid xapi.UUID) (file io.ReadCloser, size int64, err error)
 	Resync(ctx context.Context, host xapi.Ref, stamps []pool.Stamp) error
 	MessageCreate(ctx context.Context, name string, priority int64, cls string, obj xapi.UUID, body string) (xapi.Ref, error)
 }
 
-// Storage gives the repositories plugged on this host.
+// Storage gives the repositories plugged on this host, and works on them for
+// others. *pool.Pool is one.
 type Storage interface {
 	AttachedSRs() ([]pool.AttachedSR, error)
+	// HostCall runs the method of a job of kind call. What it has changed is
+	// known to the coordinator when it returns.
+	HostCall(ctx context.Context, name string, args json.RawMessage) (string, error)
 }
 
 // Options is what an agent works with.
@@ -155,7 +161,11 @@ func (a *Agent) see(ctx context.Context, j pool.Assignment) {
 	if j.Job.State != pool.JobQueued {
 		return // an earlier attempt that Recover has to settle
 	}
-	a.start(ctx, j.Job.UUID, func(e *execution) { e.work(j) })
+	work := (*execution).work
+	if j.Job.Kind == pool.JobCall {
+		work = (*execution).call
+	}
+	a.start(ctx, j.Job.UUID, func(e *execution) { work(e, j) })
 }
 
 // start runs f for one job in a goroutine that Run waits for.
@@ -293,10 +303,13 @@ func (a *Agent) recoverEntry(ctx context.Context, entry Entry) error {
 
 // recoverUnjournaled sees to a job for which this host did nothing yet.
 func (a *Agent) recoverUnjournaled(ctx context.Context, j pool.Assignment) error {
-	if j.Job.Resumes && j.Job.State == pool.JobQueued {
+	switch {
+	case j.Job.Resumes && j.Job.State == pool.JobQueued:
 		return nil
+	case j.Job.Kind == pool.JobCall && !j.Job.Cancel && pool.CallsAgain(j.Job.Call) && j.Job.Attempt < maxAttempts:
+		return a.Coordinator.JobRequeue(ctx, j.Ref)
 	}
-	return a.Coordinator.JobFinish(ctx, j.Ref, pool.Outcome{Err: interrupted(j.Job, "")})
+	return a.Coordinator.JobFinish(ctx, j.Ref, pool.Outcome{Err: interrupted(j.Job, ""), Attempt: j.Job.Attempt})
 }
 
 // interrupted is the failure of a job of which nothing has changed the host.

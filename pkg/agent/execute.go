@@ -30,6 +30,7 @@ type execution struct {
 	gate     chan struct{} // where the job holds its turn; nil: it holds none
 	recorded bool          // the outcome is in the records
 	reported bool          // that it could not be cleaned up was told
+	attempt  int64         // the claim that this is the work of; 0 before it
 }
 
 // stopping tells whether the daemon is going down: then jobs that run are left
@@ -107,7 +108,7 @@ func (e *execution) launch(entry *Entry) error {
 	if err := a.journal.order(e.id, run); err != nil {
 		return err
 	}
-	if _, err := a.Coordinator.JobClaim(e.ctx, j.Ref); err != nil {
+	if e.attempt, err = a.Coordinator.JobClaim(e.ctx, j.Ref); err != nil {
 		return err
 	}
 	return e.spawn()

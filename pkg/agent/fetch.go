@@ -23,7 +23,7 @@ func (e *execution) fetch(dst sr.Repository, entry Entry, run *Run) error {
 	if err := fault.Point("agent.fetch"); err != nil {
 		return xapi.NewError(xapi.CannotFetchPatch, string(uuid)).Because(err)
 	}
-	file, size, err := a.Coordinator.PatchFile(uuid)
+	file, size, err := a.Coordinator.FetchPatch(e.ctx, uuid)
 	if err != nil {
 		if xapi.Is(err, xapi.CannotFindPatch) {
 			return err

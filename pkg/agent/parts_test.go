@@ -3,6 +3,7 @@ package agent
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"fmt"
 	"io"
 	"os"
@@ -346,7 +347,8 @@ func TestClassicFile(t *testing.T) {
 
 type nowhere struct{}
 
-func (nowhere) AttachedSRs() ([]pool.AttachedSR, error) { return nil, nil }
+func (nowhere) HostCall(context.Context, string, json.RawMessage) (string, error) { return "", nil }
+func (nowhere) AttachedSRs() ([]pool.AttachedSR, error)                           { return nil, nil }
 
 // What is no patch is neither placed nor kept.
 func TestImportRefuses(t *testing.T) {

@@ -62,6 +62,11 @@ func (e *execution) undo(entry Entry, cause error) error {
 		return nil
 	}
 	if !e.recorded {
+		job, _, err := a.Coordinator.FindJob(context.WithoutCancel(e.stop), e.id)
+		if err != nil {
+			return err
+		}
+		e.attempt = max(e.attempt, job.Attempt) // a claim whose answer was lost
 		if c := context.Cause(e.ctx); c != nil && xapi.Is(c, xapi.TaskCancelled) {
 			cause = c
 		}
@@ -91,6 +96,7 @@ func (e *execution) finish(j pool.Assignment, o pool.Outcome) error {
 	if err := e.reportDamage(ctx, j, o.Err); err != nil {
 		return err
 	}
+	o.Attempt = e.attempt
 	if err := e.agent.Coordinator.JobFinish(ctx, j.Ref, o); err != nil {
 		return fmt.Errorf("record the end of the job: %w", err)
 	}
@@ -117,12 +123,14 @@ func (e *execution) settle(entry Entry) error {
 	if err := e.killAll(); err != nil {
 		return err
 	}
-	if _, job, known := a.Coordinator.JobByUUID(e.id); known && job.State == pool.JobDone {
-		e.recorded = true
+	job, known, err := a.Coordinator.FindJob(context.WithoutCancel(e.stop), e.id)
+	if err != nil {
+		return fmt.Errorf("ask for job %s: %w", e.id, err)
 	}
+	e.recorded = e.recorded || known && job.State == pool.JobDone
+	e.attempt = max(e.attempt, job.Attempt)
 	var again bool
 	if !e.recorded {
-		var err error
 		if again, err = e.record(entry); err != nil {
 			return err
 		}
@@ -207,7 +215,10 @@ func (e *execution) outcome(entry Entry) (o pool.Outcome, again bool, err error)
 				"Look at the host, then say `patchd patch settle` or apply the patch again. Last output: "+
 				tailOf(a.journal.path(e.id, fileOutput), maxText))}, false, nil
 	}
-	_, job, known := a.Coordinator.JobByUUID(e.id)
+	job, known, err := a.Coordinator.FindJob(context.WithoutCancel(e.stop), e.id)
+	if err != nil {
+		return o, false, err
+	}
 	if known && job.Resumes && job.Attempt < maxAttempts && !job.Cancel {
 		return o, true, nil
 	}

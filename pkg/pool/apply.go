@@ -80,15 +80,17 @@ func resumes(ctx context.Context) bool {
 // newJob checks the refs and puts a queued job; the fields of j that are set
 // are kept.
 func (p *Pool) newJob(ctx context.Context, tx *store.Tx, j Job) (xapi.Ref, error) {
-	var patch Patch
-	if err := tx.Get(ClassPatch, j.Patch, &patch); err != nil {
-		return "", err
-	}
 	if !tx.Has(ClassHost, j.Host) {
 		return "", xapi.NewError(xapi.HandleInvalid, ClassHost, string(j.Host))
 	}
-	if tx.Has(ClassVDI, patch.VDI) {
-		j.VDI = patch.VDI
+	if j.Kind != JobCall {
+		var patch Patch
+		if err := tx.Get(ClassPatch, j.Patch, &patch); err != nil {
+			return "", err
+		}
+		if tx.Has(ClassVDI, patch.VDI) {
+			j.VDI = patch.VDI
+		}
 	}
 	t := task.FromContext(ctx)
 	j.UUID, j.State, j.Created = xapi.NewUUID(), JobQueued, p.Now()

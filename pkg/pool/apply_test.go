@@ -135,8 +135,8 @@ func TestApplyIsAJob(t *testing.T) {
 	if !r.JobAlive(rec.UUID) {
 		t.Error("the job is not alive")
 	}
-	r.must(r.JobFinish(ctx, job, Outcome{Output: "did it"}))
-	r.must(r.JobFinish(ctx, job, Outcome{Err: xapi.NewError(xapi.PatchApplyFailed)})) // repeated: nothing
+	r.must(r.finish(ctx, job, Outcome{Output: "did it"}))
+	r.must(r.finish(ctx, job, Outcome{Err: xapi.NewError(xapi.PatchApplyFailed)})) // repeated: nothing
 	if err := <-done; err != nil || out != "did it" {
 		t.Errorf("%q %v", out, err)
 	}
@@ -166,7 +166,7 @@ func TestApplyIsAJob(t *testing.T) {
 	if r.count(ClassJob) != 0 {
 		t.Error("an old job stays")
 	}
-	for _, err := range []error{r.JobFinish(ctx, job, Outcome{}), r.JobReport(ctx, job, 1, ""), r.JobCancel(ctx, job), r.JobRequeue(ctx, job)} {
+	for _, err := range []error{r.finish(ctx, job, Outcome{}), r.JobReport(ctx, job, 1, ""), r.JobCancel(ctx, job), r.JobRequeue(ctx, job)} {
 		if err != nil && !xapi.Is(err, xapi.HandleInvalid) {
 			t.Error(err)
 		}
@@ -178,7 +178,7 @@ func TestApplyFails(t *testing.T) {
 	r, h, patch, _ := patched(t)
 	ctx := t.Context()
 	job, done := r.apply(patch, nil)
-	r.must(r.JobFinish(ctx, job, Outcome{Err: xapi.NewError(xapi.PatchApplyFailed, "text")}))
+	r.must(r.finish(ctx, job, Outcome{Err: xapi.NewError(xapi.PatchApplyFailed, "text")}))
 	r.wantCode("apply", <-done, xapi.PatchApplyFailed, "text")
 	if refs, _ := r.hostPatches(patch); len(refs) != 0 {
 		t.Error("a host_patch of a failure stays")
@@ -187,7 +187,7 @@ func TestApplyFails(t *testing.T) {
 		job, done := r.apply(patch, nil)
 		_, err := r.JobClaim(ctx, job)
 		r.must(err)
-		r.must(r.JobFinish(ctx, job, Outcome{Unknown: true, Err: xapi.NewError(xapi.PatchApplyFailed, "died")}))
+		r.must(r.finish(ctx, job, Outcome{Unknown: true, Err: xapi.NewError(xapi.PatchApplyFailed, "died")}))
 		r.wantCode("apply", <-done, xapi.PatchApplyFailed)
 		if _, hps := r.hostPatches(patch); len(hps) != 1 || hps[0].Applied || hps[0].OtherConfig[KeyState] != StateUnknown {
 			t.Errorf("%+v", hps)
@@ -233,7 +233,7 @@ func TestCancelReachesTheJob(t *testing.T) {
 	}))
 	_, err := r.JobClaim(t.Context(), job)
 	r.wantCode("a claim of what is cancelled", err, xapi.TaskCancelled)
-	r.must(r.JobFinish(t.Context(), job, Outcome{Err: xapi.NewError(xapi.TaskCancelled)}))
+	r.must(r.finish(t.Context(), job, Outcome{Err: xapi.NewError(xapi.TaskCancelled)}))
 	r.wantCode("precheck", <-done, xapi.TaskCancelled, "task")
 	if r.count(ClassHostPatch) != 0 {
 		t.Error("a precheck makes a host_patch")
@@ -263,7 +263,7 @@ func TestCallerGoes(t *testing.T) {
 	if n, err := r.JobClaim(t.Context(), job); n != 2 || err != nil {
 		t.Error(n, err)
 	}
-	r.must(r.JobFinish(t.Context(), job, Outcome{Output: "x"}))
+	r.must(r.finish(t.Context(), job, Outcome{Output: "x"}))
 	if out, err := r.JobResult(t.Context(), job); out != "x" || err != nil {
 		t.Error(out, err)
 	}
@@ -279,7 +279,7 @@ func TestPoolApply(t *testing.T) {
 	ctx := t.Context()
 	poolApply := func(ctx context.Context) error { return r.PatchPoolApply(ctx, patch) }
 	job, done := r.asked(poolApply)
-	r.must(r.JobFinish(ctx, job, Outcome{Err: xapi.NewError(xapi.PatchApplyFailed, "no")}))
+	r.must(r.finish(ctx, job, Outcome{Err: xapi.NewError(xapi.PatchApplyFailed, "no")}))
 	r.wantCode("pool_apply", <-done, xapi.PatchApplyFailed, "no")
 	if r.count(ClassRun) != 0 {
 		t.Error("a run that failed stays")
@@ -294,7 +294,7 @@ func TestPoolApply(t *testing.T) {
 	if err != nil || len(runs) != 1 || runs[0].Patch != patch || len(runs[0].Hosts) != 1 {
 		t.Fatalf("%+v %v", runs, err)
 	}
-	r.must(r.JobFinish(ctx, job, Outcome{}))
+	r.must(r.finish(ctx, job, Outcome{}))
 	r.must(r.ContinueRun(ctx, refs[0]))
 	if jobs, _, _ := r.Jobs(r.Self); len(jobs) != 0 || r.count(ClassRun) != 0 || r.count(ClassJob) != 2 {
 		t.Errorf("%v", jobs)
@@ -408,7 +408,7 @@ func TestResync(t *testing.T) {
 	if n := r.count(ClassHostPatch); n != 1 {
 		t.Error("the host_patch of an apply in progress is gone")
 	}
-	r.must(r.JobFinish(ctx, job, Outcome{Unknown: true, Err: xapi.NewError(xapi.PatchApplyFailed)}))
+	r.must(r.finish(ctx, job, Outcome{Unknown: true, Err: xapi.NewError(xapi.PatchApplyFailed)}))
 	<-done
 	r.must(r.Resync(ctx, r.Self, nil))
 	r.must(r.Resync(ctx, r.Self, []Stamp{{Patch: Patch{UUID: rec.UUID}, Applied: at}}))

@@ -2,6 +2,7 @@ package pool
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"time"
@@ -18,6 +19,9 @@ type JobKind string
 const (
 	JobPrecheck JobKind = "precheck"
 	JobApply    JobKind = "apply"
+	// JobCall is a method of the host's own pool.Pool, named by Job.Call: what
+	// lies on a host is worked on by that host.
+	JobCall JobKind = "call"
 )
 
 // JobState is how far a job has come.
@@ -34,13 +38,16 @@ const (
 // Job is work for one host (class job, never on the wire). The record is the
 // truth: whoever asked may go away, and the host may die and come back.
 type Job struct {
-	UUID      xapi.UUID `json:"uuid"`
-	Kind      JobKind   `json:"kind"`
-	Patch     xapi.Ref  `json:"patch"`
-	Host      xapi.Ref  `json:"host"`
-	HostPatch xapi.Ref  `json:"host_patch,omitempty"`
-	Task      xapi.Ref  `json:"task,omitempty"`
-	Run       xapi.UUID `json:"run,omitempty"` // of the Run that began it
+	UUID  xapi.UUID `json:"uuid"`
+	Kind  JobKind   `json:"kind"`
+	Patch xapi.Ref  `json:"patch,omitempty"` // none of a call
+	Host  xapi.Ref  `json:"host"`
+	// Call and Args are the method of a JobCall and its parameters; see HostCall.
+	Call      string          `json:"call,omitempty"`
+	Args      json.RawMessage `json:"args,omitempty"`
+	HostPatch xapi.Ref        `json:"host_patch,omitempty"`
+	Task      xapi.Ref        `json:"task,omitempty"`
+	Run       xapi.UUID       `json:"run,omitempty"` // of the Run that began it
 	// VDI is the golden image the job reads, for as long as it is not done.
 	VDI   xapi.Ref `json:"VDI,omitempty"`
 	State JobState `json:"state"`
@@ -96,6 +103,8 @@ type Outcome struct {
 	Unknown bool
 	// Settled: an outcome that was found at start, not now.
 	At time.Time
+	// Attempt is the claim that this is the outcome of; one of an earlier claim is refused.
+	Attempt int64
 }
 
 // Jobs lists the open assignments of a host, oldest first, and the revision
@@ -129,6 +138,9 @@ func (p *Pool) assignment(v *store.View, ref xapi.Ref, job Job) (Assignment, err
 		return a, err
 	}
 	a.Host = host.UUID
+	if job.Kind == JobCall {
+		return a, nil
+	}
 	if a.Patch, err = store.Get[Patch](v, ClassPatch, job.Patch); err != nil {
 		return a, err
 	}
@@ -178,6 +190,12 @@ func (p *Pool) JobByUUID(id xapi.UUID) (ref xapi.Ref, job Job, ok bool) {
 		return nil
 	})
 	return ref, job, ok
+}
+
+// FindJob is JobByUUID for an agent, which may be far away.
+func (p *Pool) FindJob(_ context.Context, id xapi.UUID) (job Job, there bool, err error) {
+	_, job, there = p.JobByUUID(id)
+	return job, there, nil
 }
 
 // wantedJob gives a job that waits to be carried out. Codes: TASK_CANCELLED,
@@ -271,6 +289,9 @@ func (p *Pool) JobFinish(ctx context.Context, ref xapi.Ref, o Outcome) error {
 		}
 		if job.State == JobDone {
 			return nil
+		}
+		if o.Attempt < job.Attempt {
+			return xapi.NewError(xapi.OperationNotAllowed, fmt.Sprintf("the report is of attempt %d, the job is at %d", o.Attempt, job.Attempt))
 		}
 		job.State, job.Finished, job.Progress = JobDone, p.Now(), 1
 		job.Output, job.Tail, job.VDI = o.Output, "", ""

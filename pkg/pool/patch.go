@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"syscall"
@@ -124,6 +125,15 @@ func (p *Pool) PatchFile(uuid xapi.UUID) (*os.File, int64, error) {
 		return nil, 0, xapi.NewError(xapi.CannotFindPatch).Because(err)
 	}
 	return f, st.Size(), nil
+}
+
+// FetchPatch is PatchFile for an agent, which may be far away.
+func (p *Pool) FetchPatch(_ context.Context, uuid xapi.UUID) (io.ReadCloser, int64, error) {
+	f, size, err := p.PatchFile(uuid)
+	if err != nil {
+		return nil, 0, err
+	}
+	return f, size, nil
 }
 
 // PatchByUUID finds a patch. Code: UUID_INVALID ["pool_patch", uuid].

@@ -54,6 +54,9 @@ type Pool struct {
 	// Local is the agent of this host; set before the first call that needs it.
 	Local LocalHost
 
+	// Connected tells whether a host is there to do something now; nil: every one is.
+	Connected func(host xapi.Ref) bool
+
 	// Also is what Examine looks at beside the records and the storage; may be nil.
 	Also func(ctx context.Context) ([]Finding, error)
 
@@ -95,6 +98,7 @@ func Indexes() []store.Index {
 		{Class: ClassJob, Field: "patch"},
 		{Class: ClassJob, Field: "VDI"},
 		{Class: ClassJob, Field: "SR"},
+		{Class: ClassVDI, Field: "_map"},
 	}
 }
 

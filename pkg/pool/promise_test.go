@@ -94,12 +94,12 @@ func TestRoomIsPromisedToJobs(t *testing.T) {
 	r.must(r.JobRequeue(ctx, first))
 	r.promisedOn(on, 0)
 	ask(first, 5<<20, work)
-	r.must(r.JobFinish(ctx, first, Outcome{}))
+	r.must(r.finish(ctx, first, Outcome{}))
 	r.promisedOn(on, 0)
 	r.must(r.JobCancel(ctx, second))
 	_, err = r.JobPromise(ctx, second, Promise{SR: on, Room: 1})
 	r.wantCode("for a job that is cancelled", err, xapi.TaskCancelled)
-	r.must(r.JobFinish(ctx, second, Outcome{}))
+	r.must(r.finish(ctx, second, Outcome{}))
 	_, err = r.JobPromise(ctx, "OpaqueRef:none", Promise{SR: on, Room: 1})
 	r.wantCode("for no job", err, xapi.HandleInvalid)
 }
@@ -122,7 +122,7 @@ func TestASharedBlockIsNotTakenByAJob(t *testing.T) {
 	r.must(err)
 	r.promisedOn(on, 4<<20)
 	r.must(repo.Destroy(ctx, name))
-	r.must(r.JobFinish(ctx, ref, Outcome{}))
+	r.must(r.finish(ctx, ref, Outcome{}))
 }
 
 // Of many that ask at once only as many are promised room as there is.

@@ -95,6 +95,24 @@ type Host struct {
 	SuspendImageSR   xapi.Ref          `json:"suspend_image_sr"`
 	CrashDumpSR      xapi.Ref          `json:"crash_dump_sr"`
 	Display          string            `json:"display"`
+
+	// Keys are the public keys by which other hosts know this one; the newest
+	// is last. A host without one is not let in.
+	Keys []HostKey `json:"_keys,omitempty"`
+	// URL is where other hosts reach this one's TLS listener, without a slash at
+	// the end: "https://192.0.2.7:8443".
+	URL string `json:"_url,omitempty"`
+	// Coordinator tells that the host has the pool database and may lead.
+	Coordinator bool `json:"_coordinator,omitempty"`
+	// Away is since when the host is not connected; zero: it is, or nobody has
+	// looked yet. It is stored some time after the fact.
+	Away time.Time `json:"_away,omitzero"`
+}
+
+// HostKey is one public key of a host.
+type HostKey struct {
+	SPKI  []byte    `json:"spki"` // DER of SubjectPublicKeyInfo
+	Added time.Time `json:"added"`
 }
 
 // PoolRecord is the one pool (class pool).

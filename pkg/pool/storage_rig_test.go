@@ -244,3 +244,11 @@ func (r *rig) wantTidy(when string) {
 		}
 	}
 }
+
+// finish is JobFinish by the host that holds the newest claim.
+func (r *rig) finish(ctx context.Context, ref xapi.Ref, o Outcome) error {
+	if job, err := r.Job(ref); err == nil {
+		o.Attempt = job.Attempt
+	}
+	return r.JobFinish(ctx, ref, o)
+}
