@@ -3,6 +3,7 @@ package lab
 import (
 	"fmt"
 	"net"
+	"net/http"
 	"net/url"
 	"os"
 	"os/exec"
@@ -37,20 +38,27 @@ type Member struct {
 	IP     string
 	dir    string
 	all    string // the whole cluster, as etcd takes it
-	node   *Node
+	node   *Node  // or nil
+	http   *http.Client
 	cmd    *exec.Cmd
 	exited chan struct{}
 	log    *syncBuffer
 }
 
 // StartCluster starts one member on each node, and waits until they have a
-// leader. The package's TestMain must be Main.
+// leader. A node that is nil is a loopback address of this machine. The
+// package's TestMain must be Main.
 func StartCluster(t testing.TB, nodes ...*Node) *Cluster {
 	t.Helper()
 	c := &Cluster{}
 	var all, clients []string
 	for i, n := range nodes {
-		m := &Member{T: t, Name: fmt.Sprintf("etcd%d", i), IP: n.IP, dir: t.TempDir(), node: n, log: &syncBuffer{}}
+		m := &Member{T: t, Name: fmt.Sprintf("etcd%d", i), dir: t.TempDir(), node: n, http: http.DefaultClient, log: &syncBuffer{}}
+		if n != nil {
+			m.IP, m.http = n.IP, n.HTTP()
+		} else {
+			m.IP = freeAddress(t)
+		}
 		c.Members = append(c.Members, m)
 		all = append(all, fmt.Sprintf("%s=http://%s:%d", m.Name, m.IP, etcdPeerPort))
 		clients = append(clients, fmt.Sprintf("%s:%d", m.IP, etcdPort))
@@ -79,7 +87,10 @@ func (m *Member) Launch() {
 	if err != nil {
 		m.T.Fatal(err)
 	}
-	m.cmd = m.node.Command(self)
+	m.cmd = exec.Command(self)
+	if m.node != nil {
+		m.cmd = m.node.Command(self)
+	}
 	m.cmd.Env = append(os.Environ(), etcdMember+"="+strings.Join([]string{m.Name, m.IP, m.dir, m.all}, " "))
 	m.cmd.Stdout, m.cmd.Stderr = m.log, m.log
 	if err := m.cmd.Start(); err != nil {
@@ -97,7 +108,7 @@ func (m *Member) Launch() {
 func (m *Member) Ready() {
 	m.T.Helper()
 	for end := time.Now().Add(60 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
-		res, err := m.node.HTTP().Get(fmt.Sprintf("http://%s:%d/health", m.IP, etcdPort))
+		res, err := m.http.Get(fmt.Sprintf("http://%s:%d/health", m.IP, etcdPort))
 		if err == nil {
 			res.Body.Close()
 			if res.StatusCode == 200 {
@@ -121,13 +132,17 @@ func (m *Member) Kill() {
 	}
 }
 
-// Pause stops the process of the member where it is; Resume lets it go on.
-func (m *Member) Pause()  { m.cmd.Process.Signal(syscall.SIGSTOP) }
+// Pause stops the process of the member where it is.
+func (m *Member) Pause() { m.cmd.Process.Signal(syscall.SIGSTOP) }
+
+// Resume lets a paused member go on.
 func (m *Member) Resume() { m.cmd.Process.Signal(syscall.SIGCONT) }
 
-// Up starts the member again and waits until it serves.
-func (m *Member) Up() {
+// Restart starts the member again, killed before or not, and waits until it
+// serves.
+func (m *Member) Restart() {
 	m.T.Helper()
+	m.Kill()
 	m.Launch()
 	m.Ready()
 }

@@ -257,6 +257,12 @@ func (h *Host) Ready(limit time.Duration) error {
 	return fmt.Errorf("the daemon does not answer within %s", limit)
 }
 
+// Pause stops the daemon's process where it is.
+func (h *Host) Pause() { h.signal(syscall.SIGSTOP) }
+
+// Resume lets a paused daemon go on.
+func (h *Host) Resume() { h.signal(syscall.SIGCONT) }
+
 // Exited is closed when the daemon's process has ended.
 func (h *Host) Exited() <-chan struct{} {
 	h.mu.Lock()

@@ -361,6 +361,7 @@ func TestProxyInANetwork(t *testing.T) {
 // A member of three dies and comes back; two of three serve all the while.
 func TestCluster(t *testing.T) {
 	w := NewNet(t, 4)
+	t.Run("on loopback", func(t *testing.T) { StartCluster(t, nil) })
 	c := StartCluster(t, w.Nodes[:3]...)
 	put := func(i int) error {
 		body := bytes.NewReader([]byte(`{"key":"YQ==","value":"YQ=="}`))
@@ -385,7 +386,7 @@ func TestCluster(t *testing.T) {
 	if err := put(1); err != nil {
 		t.Error(err)
 	}
-	c.Members[0].Up()
+	c.Members[0].Restart()
 	if err := put(0); err != nil {
 		t.Error(err)
 	}
