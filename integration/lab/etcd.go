@@ -132,6 +132,16 @@ func (m *Member) Kill() {
 	}
 }
 
+// Running tells whether the member's process is there.
+func (m *Member) Running() bool {
+	select {
+	case <-m.exited:
+		return false
+	default:
+		return true
+	}
+}
+
 // Pause stops the process of the member where it is.
 func (m *Member) Pause() { m.cmd.Process.Signal(syscall.SIGSTOP) }
 

@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -29,14 +30,20 @@ type Pool struct {
 // from each, which may be nil; its Node is filled in.
 func NewPool(t testing.TB, n int, each func(i int) Options) *Pool {
 	t.Helper()
-	p := &Pool{T: t, Net: NewNet(t, n), out: map[*Host]bool{}}
+	return PoolOn(t, NewNet(t, n), n, each)
+}
+
+// PoolOn is NewPool on the first n nodes of a network.
+func PoolOn(t testing.TB, w *Net, n int, each func(i int) Options) *Pool {
+	t.Helper()
+	p := &Pool{T: t, Net: w, out: map[*Host]bool{}}
 	var all []Options
 	for i := range n {
 		var o Options
 		if each != nil {
 			o = each(i)
 		}
-		o.Node = p.Net.Nodes[i]
+		o.Node = w.Nodes[i]
 		all = append(all, o)
 	}
 	p.Hosts = StartAll(t, all...)
@@ -113,27 +120,36 @@ func (p *Pool) Leader() *Session {
 	p.T.Helper()
 	var last error
 	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
-		for _, h := range p.Hosts {
-			if h.Pid() == 0 || p.out[h] || isDone(h.Exited()) {
-				continue
-			}
-			s, err := h.Login("root", Password)
-			if err == nil {
-				return s
-			}
-			last = err
+		s, err := p.LeaderNow()
+		if s != nil {
+			return s
 		}
+		last = cmp.Or(err, last)
 	}
 	p.T.Fatalf("no host leads: %v", last)
 	return nil
 }
 
-func isDone(c <-chan struct{}) bool {
+// LeaderNow asks each host once whether it leads; nil when none does.
+func (p *Pool) LeaderNow() (s *Session, err error) {
+	for _, h := range p.Hosts {
+		if p.out[h] || !h.Running() {
+			continue
+		}
+		if s, err = h.Login("root", Password); err == nil {
+			return s, nil
+		}
+	}
+	return nil, err
+}
+
+// Running tells whether the daemon's process is there.
+func (h *Host) Running() bool {
 	select {
-	case <-c:
-		return true
-	default:
+	case <-h.Exited():
 		return false
+	default:
+		return true
 	}
 }
 
@@ -281,7 +297,7 @@ func stillOpen(line string) string {
 	if err := json.Unmarshal([]byte(line), &rec); err != nil {
 		return "something that is no record"
 	}
-	ended := slices.Contains([]string{"done", "success", "failure", "cancelled"}, rec.Value.State)
+	ended := slices.Contains([]string{"done", "stopped", "cancelled"}, rec.Value.State)
 	if rec.Class == "intent" || (rec.Class == "job" || rec.Class == "run") && !ended {
 		return rec.Class
 	}

@@ -2,11 +2,15 @@ package lab
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"sync"
 	"testing"
+	"time"
 )
 
 // Work is a patch that leaves a line on each host that it is applied to, and
@@ -113,6 +117,29 @@ func (w *Work) Unsure(hosts ...*Host) {
 func (w *Work) Begun(h *Host) int      { return w.lines("begun", h) }
 func (w *Work) Effects(h *Host) int    { return w.lines("effect", h) }
 func (w *Work) Prechecked(h *Host) int { return w.lines("prechecked", h) }
+
+// Span is when the last apply began on a host, and when it came to its effect;
+// zero when it did not.
+func (w *Work) Span(h *Host) (begun, effect time.Time) {
+	w.T.Helper()
+	return w.last("begun", h), w.last("effect", h)
+}
+
+func (w *Work) last(what string, h *Host) time.Time {
+	w.T.Helper()
+	b, _ := os.ReadFile(w.file(what, h.UUID()))
+	f := strings.Fields(string(b))
+	if len(f) == 0 {
+		return time.Time{}
+	}
+	seconds, nanos, _ := strings.Cut(f[len(f)-1], ".")
+	sec, err1 := strconv.ParseInt(seconds, 10, 64)
+	nsec, err2 := strconv.ParseInt(nanos, 10, 64)
+	if err := errors.Join(err1, err2); err != nil {
+		w.T.Fatal(err)
+	}
+	return time.Unix(sec, nsec)
+}
 
 func (w *Work) lines(what string, h *Host) int {
 	b, _ := os.ReadFile(w.file(what, h.UUID()))
