@@ -1,0 +1,121 @@
+package integration
+
+import (
+	"encoding/json"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/patchd/patchd/integration/lab"
+)
+
+// runRecord is what `run show` tells of a run.
+type runRecord struct {
+	UUID, State, Reason string
+	Hosts               []runHost
+}
+
+// runHost is one host of a run, in its order.
+type runHost struct {
+	Host     string // uuid
+	Order    int
+	Wave     int
+	State    string
+	Reason   string
+	Attempts int
+	Error    []string
+}
+
+// startRun begins a run by the command line and gives its uuid.
+func startRun(h *lab.Host, w *lab.Work, flags ...string) string {
+	h.T.Helper()
+	out := h.Must(append([]string{"patch", "pool-apply", string(w.UUID), "--detach"}, flags...)...)
+	return strings.TrimSpace(out)
+}
+
+// showRun gives a run, its hosts in their order.
+func showRun(h *lab.Host, run string) (r runRecord) {
+	h.T.Helper()
+	out := h.Must("run", "show", run, "--output", "json")
+	if err := json.Unmarshal([]byte(out), &r); err != nil {
+		h.T.Fatalf("%v in %s", err, out)
+	}
+	slices.SortFunc(r.Hosts, func(a, b runHost) int { return a.Order - b.Order })
+	return r
+}
+
+// ended waits until a run is in a last state.
+func ended(h *lab.Host, run string, limit time.Duration) runRecord {
+	h.T.Helper()
+	var r runRecord
+	for end := time.Now().Add(limit); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+		r = showRun(h, run)
+		if slices.Contains([]string{"done", "stopped", "cancelled"}, r.State) {
+			return r
+		}
+	}
+	h.T.Fatalf("run %s does not end: %+v", run, r)
+	return r
+}
+
+// of is the run's line of a host.
+func (r runRecord) of(t testing.TB, h *lab.Host) runHost {
+	t.Helper()
+	for _, x := range r.Hosts {
+		if x.Host == h.UUID() {
+			return x
+		}
+	}
+	t.Fatalf("run %s has no host %s: %+v", r.UUID, h.UUID(), r.Hosts)
+	return runHost{}
+}
+
+// inOrder are the hosts of a pool in the order of a run.
+func inOrder(t testing.TB, p *lab.Pool, r runRecord) (hosts []*lab.Host) {
+	t.Helper()
+	for _, x := range r.Hosts {
+		i := slices.IndexFunc(p.Hosts, func(h *lab.Host) bool { return h.UUID() == x.Host })
+		if i < 0 {
+			t.Fatalf("run %s has a host %s that nobody knows", r.UUID, x.Host)
+		}
+		hosts = append(hosts, p.Hosts[i])
+	}
+	return hosts
+}
+
+// atOnce is how many hosts were applying at the same time.
+func atOnce(w *lab.Work, hosts []*lab.Host) (most int) {
+	for _, h := range hosts {
+		begun, _ := w.Span(h)
+		n := 0
+		for _, other := range hosts {
+			if b, e := w.Span(other); !b.After(begun) && e.After(begun) {
+				n++
+			}
+		}
+		most = max(most, n)
+	}
+	return most
+}
+
+// everywhere fails the test unless each host has the effect of w once, and the
+// records say so.
+func everywhere(t testing.TB, s *lab.Session, w *lab.Work, hosts ...*lab.Host) {
+	t.Helper()
+	for _, h := range hosts {
+		if n, state := w.Effects(h), s.State(w, h); n != 1 || state != "applied" {
+			t.Errorf("host %s: %d effects, host_patch %s", h.UUID(), n, state)
+		}
+	}
+}
+
+// untouched fails the test if apply has begun on one of hosts.
+func untouched(t testing.TB, w *lab.Work, hosts ...*lab.Host) {
+	t.Helper()
+	for _, h := range hosts {
+		if n := w.Begun(h); n != 0 {
+			t.Errorf("host %s: apply has begun %d times", h.UUID(), n)
+		}
+	}
+}
