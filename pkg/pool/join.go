@@ -75,6 +75,8 @@ type JoinRequest struct {
 	Inventory Inventory          `json:"inventory"`
 	Patches   map[xapi.Ref]Patch `json:"patches"`
 	Stamps    []Stamp            `json:"stamps"`
+	// Align asks for the patches that other hosts have.
+	Align bool `json:"align,omitempty"`
 }
 
 // JoinAnswer is what the pool tells its new member.
@@ -213,6 +215,9 @@ func (p *Pool) admitHost(tx *store.Tx, req JoinRequest, key []byte) error {
 	rec.Keys = []HostKey{{SPKI: key, Added: p.Now().UTC()}}
 	rec.Coordinator, rec.Away = false, time.Time{}
 	rec.take(req.Facts)
+	if delete(rec.OtherConfig, keyAlign); req.Align {
+		rec.OtherConfig[keyAlign] = "true"
+	}
 	tx.Put(ClassHost, req.Ref, rec)
 	return nil
 }

@@ -57,6 +57,9 @@ type Pool struct {
 	// Connected tells whether a host is there to do something now; nil: every one is.
 	Connected func(host xapi.Ref) bool
 
+	// Seen tells since when a host is connected, or is not; nil: all are.
+	Seen func(host xapi.Ref) (since time.Time, connected bool)
+
 	// Busy tells of a job that this host works on and that is in another store; may be nil.
 	Busy func(job xapi.UUID) bool
 
@@ -150,7 +153,7 @@ func (p *Pool) ensureRecords(tx *store.Tx, o Options) error {
 	if host.CPUInfo == nil {
 		host.CPUInfo = map[string]string{}
 	}
-	host.SoftwareVersion = softwareVersion(o.Version)
+	host.SoftwareVersion = SoftwareVersion(o.Version)
 	tx.Put(ClassHost, ref, host)
 	p.Self = ref
 
@@ -172,9 +175,9 @@ func (p *Pool) ensureRecords(tx *store.Tx, o Options) error {
 	return nil
 }
 
-// softwareVersion says 7.0 with platform 2.1.0: the last family with classic
+// SoftwareVersion is a host's software_version where patchd has that version. It says 7.0 with platform 2.1.0: the last family with classic
 // patches, so that clients which know two ways take the classic one.
-func softwareVersion(version string) map[string]string {
+func SoftwareVersion(version string) map[string]string {
 	return map[string]string{
 		"product_brand": "patchd", "product_version": "7.0.0", "product_version_text": "7.0",
 		"product_version_text_short": "7.0", "platform_name": "XCP", "platform_version": "2.1.0",

@@ -291,3 +291,8 @@ func (p *fakePool) HostRevoke(_ context.Context, host xapi.Ref) error {
 	p.note("HostRevoke", host)
 	return nil
 }
+
+func (p *fakePool) HostStates(context.Context) ([]pool.HostState, error) {
+	p.note("HostStates")
+	return []pool.HostState{{Ref: made, NameLabel: "host", Rank: pool.RankMember}}, nil
+}

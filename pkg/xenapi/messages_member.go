@@ -2,6 +2,8 @@ package xenapi
 
 import (
 	"context"
+	"strconv"
+	"strings"
 
 	"github.com/patchd/patchd/pkg/pool"
 	"github.com/patchd/patchd/pkg/session"
@@ -12,6 +14,7 @@ import (
 type MemberPool interface {
 	HostEject(ctx context.Context, host xapi.Ref, force bool) error
 	HostRevoke(ctx context.Context, host xapi.Ref) error
+	HostStates(ctx context.Context) ([]pool.HostState, error)
 }
 
 // Members is what this process can do about its own place in a pool; see
@@ -63,7 +66,30 @@ func memberMessages() []*Message {
 	for _, m := range list {
 		m.by(session.PoolAdmin)
 	}
-	return list
+	return append(list, look("patchd", "host_states", SetOf(stringMap), hostStates))
+}
+
+// hostStates gives ref, uuid, name_label, address, rank, connected ("true" or
+// "false"), since (empty when nobody knows), version, jobs and keys (the SHA-256
+// of each, joined by spaces) of every host.
+func hostStates(c *call) (any, error) {
+	states, err := c.srv.Pool.HostStates(c.ctx)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]any, len(states))
+	for i, s := range states {
+		since := ""
+		if !s.Since.IsZero() {
+			since = xapi.FormatTime(s.Since)
+		}
+		out[i] = map[string]any{
+			"ref": string(s.Ref), "uuid": string(s.UUID), "name_label": s.NameLabel, "address": s.Address, "rank": string(s.Rank),
+			"connected": strconv.FormatBool(s.Connected), "since": since, "version": s.Version, "jobs": strconv.Itoa(s.Jobs),
+			"keys": strings.Join(s.Keys, " "),
+		}
+	}
+	return out, nil
 }
 
 // members is this host's own place in the pool. Code: NOT_IMPLEMENTED where
