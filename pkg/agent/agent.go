@@ -75,6 +75,9 @@ type Options struct {
 	MaxCleartext int64
 	// Layout is who lays out the images this host makes.
 	Layout vdi.LayoutKind
+	// KeepQueued tells that who asked for a job lives elsewhere: a job that
+	// nothing was done for waits on over a restart of this host.
+	KeepQueued bool
 }
 
 // Agent carries out the jobs of one host.
@@ -332,7 +335,7 @@ func (a *Agent) recoverEntry(ctx context.Context, entry Entry) error {
 // recoverUnjournaled sees to a job for which this host did nothing yet.
 func (a *Agent) recoverUnjournaled(ctx context.Context, j pool.Assignment) error {
 	switch {
-	case j.Job.Resumes && j.Job.State == pool.JobQueued:
+	case (j.Job.Resumes || a.KeepQueued) && j.Job.State == pool.JobQueued:
 		return nil
 	case j.Job.Kind == pool.JobCall && !j.Job.Cancel && pool.CallsAgain(j.Job.Call) && j.Job.Attempt < maxAttempts:
 		return a.Coordinator.JobRequeue(ctx, j.Ref)

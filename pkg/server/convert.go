@@ -66,10 +66,10 @@ func (s *Server) backUpBefore(ctx context.Context, joined xapi.UUID) error {
 // is there it should be told to eject the host. Codes: OPERATION_NOT_ALLOWED on
 // a host that is no member, OTHER_OPERATION_IN_PROGRESS while it has work to do.
 func (s *Server) Leave(context.Context) error {
-	return s.leave("this host leaves its pool, as its admin has said")
+	return s.leavePool("this host leaves its pool, as its admin has said")
 }
 
-func (s *Server) leave(why string) error {
+func (s *Server) leavePool(why string) error {
 	m, err := s.state.membership()
 	if err != nil {
 		return err

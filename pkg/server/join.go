@@ -49,6 +49,16 @@ func (s *Server) JoinToken(ctx context.Context) (string, error) {
 	return strings.Join([]string{string(id), secret, s.identity.Pin()}, "."), nil
 }
 
+// RotateKey gives this host another key, which the old one signs for, and tells
+// its SHA-256.
+func (s *Server) RotateKey(ctx context.Context) (string, error) {
+	if err := s.identity.Rotate(time.Now()); err != nil {
+		return "", err
+	}
+	s.log.WithField("pin", s.identity.Pin()).Info("this host has another key")
+	return s.identity.Pin(), s.pool.HostAddKey(ctx, s.pool.Self, s.identity.SPKI())
+}
+
 // parseToken takes apart what JoinToken gave.
 func parseToken(text string) (id xapi.UUID, secret, pin string, err error) {
 	f := strings.Split(strings.TrimSpace(text), ".")
@@ -159,7 +169,7 @@ func (s *Server) joinRequest() (pool.JoinRequest, error) {
 // facts are what this host says of itself to a coordinator.
 func (s *Server) facts() pool.Facts {
 	return pool.Facts{
-		Hostname: s.hostname, Address: s.address(), URL: s.hostURL(),
+		Hostname: s.hostname, Address: s.address(), URL: s.url(),
 		SoftwareVersion: pool.SoftwareVersion(s.version), Standby: s.config.Store != "",
 	}
 }

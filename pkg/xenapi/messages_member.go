@@ -29,8 +29,6 @@ type Members interface {
 	Leave(ctx context.Context) error
 	// RotateKey gives this host another key and tells its SHA-256.
 	RotateKey(ctx context.Context) (pin string, err error)
-	// Role tells what this host is in its pool.
-	Role() pool.Role
 }
 
 // memberMessages are about hosts that come and go.
