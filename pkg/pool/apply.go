@@ -88,6 +88,9 @@ func (p *Pool) newJob(ctx context.Context, tx *store.Tx, j Job) (xapi.Ref, error
 		if err := tx.Get(ClassPatch, j.Patch, &patch); err != nil {
 			return "", err
 		}
+		if err := patch.assertConfirmed(j.Patch); err != nil {
+			return "", err
+		}
 		if tx.Has(ClassVDI, patch.VDI) {
 			j.VDI = patch.VDI
 		}
