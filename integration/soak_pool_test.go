@@ -44,8 +44,8 @@ func soakPool(t *testing.T, clustered bool, rounds int, seed int64) {
 // poolSoaker is a pool of five, and what was done to it.
 type poolSoaker struct {
 	*lab.Pool
-	cluster *lab.Cluster // nil: one coordinator with an embedded database
-	kinds   []string     // what can be killed
+	cluster *lab.Etcd // nil: one coordinator with an embedded database
+	kinds   []string  // what can be killed
 	kills   map[string]int
 
 	begun time.Time // of the round
@@ -59,13 +59,13 @@ func newPoolSoaker(t *testing.T, clustered bool) *poolSoaker {
 	n := lab.NewNet(t, 8)
 	joined := 1 // the first that has to join
 	if clustered {
-		s.cluster = lab.StartCluster(t, n.Nodes[5:]...)
+		s.cluster = lab.StartEtcdOn(t, n.Nodes[5:]...)
 		s.kinds = append(s.kinds, "etcd")
 		joined = 3
 	}
 	s.Pool = lab.PoolOn(t, n, 5, func(i int) (o lab.Options) {
 		if i < joined && clustered {
-			o.Store = s.cluster.URL
+			o.Store = s.cluster.URL("")
 		}
 		return o
 	})
@@ -142,8 +142,8 @@ func (s *poolSoaker) kill(kind string, which int, w *lab.Work) (back func()) {
 	case "agent":
 		return s.killDaemon(kind, h)
 	case "etcd":
-		m := s.cluster.Members[which%len(s.cluster.Members)]
-		for _, other := range s.cluster.Members {
+		m := s.cluster.Nodes[which%len(s.cluster.Nodes)]
+		for _, other := range s.cluster.Nodes {
 			if !other.Running() {
 				return back // two of three have to live
 			}
