@@ -56,6 +56,9 @@ func (s *Server) RotateKey(ctx context.Context) (string, error) {
 		return "", err
 	}
 	s.log.WithField("pin", s.identity.Pin()).Info("this host has another key")
+	if s.link != nil {
+		s.link.Reconnect()
+	}
 	return s.identity.Pin(), s.pool.HostAddKey(ctx, s.pool.Self, s.identity.SPKI())
 }
 
@@ -139,7 +142,7 @@ func (s *Server) Join(ctx context.Context, spec pool.JoinSpec) (a pool.JoinAnswe
 			return a, err
 		}
 	}
-	m := membership{Phase: phaseJoining, Answer: a, Term: a.Term, Coordinators: a.Coordinators, PoolName: a.PoolName}
+	m := membership{Phase: phaseJoining, Answer: a, Joined: base, Coordinators: a.Coordinators, PoolName: a.PoolName}
 	m.Answer.Keys = nil
 	if err := s.state.setMembership(m); err != nil {
 		return a, err
@@ -298,6 +301,9 @@ func (s *Server) admit(w http.ResponseWriter, r *http.Request) (a pool.JoinAnswe
 	ctx := context.WithoutCancel(r.Context()) // what was begun is done, whether or not they wait
 	if a, err = s.pool.Admit(ctx, req, trust.PeerKey(*r.TLS), byUser); err != nil {
 		return a, err
+	}
+	if req.Align {
+		s.align(req.Ref)
 	}
 	a.Keys, err = s.signingKeys()
 	return a, err
