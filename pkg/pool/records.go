@@ -133,7 +133,21 @@ type PoolRecord struct {
 	WLBVerifyCert        bool              `json:"wlb_verify_cert"`
 	PolicyNoVendorDevice bool              `json:"policy_no_vendor_device"`
 	LivePatchingDisabled bool              `json:"live_patching_disabled"`
+
+	// Revoked are keys that no host of the pool may let in any more: of hosts
+	// that were ejected, or whose key was revoked.
+	Revoked []RevokedKey `json:"_revoked,omitempty"`
 }
+
+// RevokedKey is one of them. It is told to all hosts for long enough that what
+// was signed for it has expired.
+type RevokedKey struct {
+	Pin   string    `json:"pin"` // SHA-256 of its SPKI, lower-case hexadecimal
+	Until time.Time `json:"until"`
+}
+
+// RevokedKeep is how long a revoked key is remembered.
+const RevokedKeep = 24 * time.Hour
 
 // SR is one storage repository (class SR).
 type SR struct {
