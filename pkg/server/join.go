@@ -17,6 +17,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/patchd/patchd/pkg/link"
 	"github.com/patchd/patchd/pkg/patch"
 	"github.com/patchd/patchd/pkg/pool"
 	"github.com/patchd/patchd/pkg/session"
@@ -182,19 +183,17 @@ func (s *Server) askToJoin(ctx context.Context, base, pin string, req pool.JoinR
 	ctx, cancel := context.WithTimeout(ctx, joinTime)
 	defer cancel()
 	shown := ""
-	c := trust.ClientConfig(s.identity, func(spki []byte) bool {
+	client := link.NewHTTP(s.identity, base, func(spki []byte) bool {
 		if shown == "" {
 			shown = trust.Pin(spki)
 		}
 		return pin != "" && trust.Pin(spki) == pin
 	})
+	defer client.CloseIdleConnections()
 	body, err := json.Marshal(req)
 	if err != nil {
 		return a, err
 	}
-	client := &http.Client{Transport: &http.Transport{DialTLSContext: func(ctx context.Context, _, address string) (net.Conn, error) {
-		return trust.Dial(ctx, address, c)
-	}, DisableKeepAlives: true}}
 	r, err := http.NewRequestWithContext(ctx, http.MethodPost, base+joinPath, bytes.NewReader(body))
 	if err != nil {
 		return a, err

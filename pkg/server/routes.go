@@ -50,7 +50,7 @@ func (s *Server) routes(ctx context.Context) (http.Handler, error) {
 		return nil, err
 	}
 	s.hub = link.NewHub(link.Options{
-		Store: s.store, Pool: s.pool, Log: s.log, Version: s.version, Self: s.pool.Self,
+		Store: s.store, Pool: hubBackend{s.pool}, Log: s.log, Version: s.version, Self: s.pool.Self,
 		Term: func() int64 { return s.leader.Revision }, Known: session.Proven,
 	})
 	s.pool.Connected, s.pool.Seen = s.hub.Connected, s.hub.Seen
