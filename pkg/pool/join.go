@@ -381,7 +381,7 @@ func (p *Pool) describe(a *JoinAnswer, host xapi.Ref) error {
 		}
 		_, a.Term = v.Leader()
 		var err error
-		if a.Coordinators, err = Coordinators(v); err != nil {
+		if a.Coordinators, err = coordinatorsIn(v); err != nil {
 			return err
 		}
 		has := map[xapi.Ref]bool{}
@@ -406,7 +406,15 @@ func (p *Pool) describe(a *JoinAnswer, host xapi.Ref) error {
 }
 
 // Coordinators are the hosts that lead or may lead, the leader first.
-func Coordinators(v *store.View) ([]Peer, error) {
+func (p *Pool) Coordinators() (peers []Peer, err error) {
+	err = p.Store.View(func(v *store.View) error {
+		peers, err = coordinatorsIn(v)
+		return err
+	})
+	return peers, err
+}
+
+func coordinatorsIn(v *store.View) ([]Peer, error) {
 	leader, _ := v.Leader()
 	var out []Peer
 	for _, it := range v.List(ClassHost) {

@@ -20,7 +20,7 @@ func (s *Server) address() string {
 			return host
 		}
 	}
-	if host := addressTowards(s.config.Store); host != "" && !loopback(host) {
+	if host := addressTowards(s.towards()); host != "" && !loopback(host) {
 		return host
 	}
 	if host := anyAddress(); secure == "" && s.config.TLSListen != "" && host != "" {
@@ -44,6 +44,24 @@ func anyAddress() string {
 		}
 	}
 	return ""
+}
+
+// towards is the URL of what this host has to reach: the pool's database or, of a
+// member, the coordinator; "" for a pool of one.
+func (s *Server) towards() string {
+	if s.member != nil {
+		return s.member.Joined
+	}
+	return s.config.Store
+}
+
+// addressOf is the host of a URL, "" of none.
+func addressOf(text string) string {
+	u, err := url.Parse(text)
+	if err != nil {
+		return ""
+	}
+	return u.Hostname()
 }
 
 // url is where other hosts reach this one's TLS listener, or "".

@@ -17,6 +17,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/patchd/patchd/pkg/link"
 	"github.com/patchd/patchd/pkg/patch"
 	"github.com/patchd/patchd/pkg/pool"
 	"github.com/patchd/patchd/pkg/session"
@@ -56,6 +57,9 @@ func (s *Server) RotateKey(ctx context.Context) (string, error) {
 		return "", err
 	}
 	s.log.WithField("pin", s.identity.Pin()).Info("this host has another key")
+	if s.link != nil {
+		s.link.Reconnect()
+	}
 	return s.identity.Pin(), s.pool.HostAddKey(ctx, s.pool.Self, s.identity.SPKI())
 }
 
@@ -139,7 +143,7 @@ func (s *Server) Join(ctx context.Context, spec pool.JoinSpec) (a pool.JoinAnswe
 			return a, err
 		}
 	}
-	m := membership{Phase: phaseJoining, Answer: a, Term: a.Term, Coordinators: a.Coordinators, PoolName: a.PoolName}
+	m := membership{Phase: phaseJoining, Answer: a, Joined: base, Coordinators: a.Coordinators, PoolName: a.PoolName}
 	m.Answer.Keys = nil
 	if err := s.state.setMembership(m); err != nil {
 		return a, err
@@ -179,19 +183,17 @@ func (s *Server) askToJoin(ctx context.Context, base, pin string, req pool.JoinR
 	ctx, cancel := context.WithTimeout(ctx, joinTime)
 	defer cancel()
 	shown := ""
-	c := trust.ClientConfig(s.identity, func(spki []byte) bool {
+	client := link.NewHTTP(s.identity, base, func(spki []byte) bool {
 		if shown == "" {
 			shown = trust.Pin(spki)
 		}
 		return pin != "" && trust.Pin(spki) == pin
 	})
+	defer client.CloseIdleConnections()
 	body, err := json.Marshal(req)
 	if err != nil {
 		return a, err
 	}
-	client := &http.Client{Transport: &http.Transport{DialTLSContext: func(ctx context.Context, _, address string) (net.Conn, error) {
-		return trust.Dial(ctx, address, c)
-	}, DisableKeepAlives: true}}
 	r, err := http.NewRequestWithContext(ctx, http.MethodPost, base+joinPath, bytes.NewReader(body))
 	if err != nil {
 		return a, err
@@ -298,6 +300,9 @@ func (s *Server) admit(w http.ResponseWriter, r *http.Request) (a pool.JoinAnswe
 	ctx := context.WithoutCancel(r.Context()) // what was begun is done, whether or not they wait
 	if a, err = s.pool.Admit(ctx, req, trust.PeerKey(*r.TLS), byUser); err != nil {
 		return a, err
+	}
+	if req.Align {
+		s.align(req.Ref)
 	}
 	a.Keys, err = s.signingKeys()
 	return a, err

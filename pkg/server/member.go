@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"slices"
+	"strconv"
 	"sync"
 	"time"
 
@@ -191,4 +192,60 @@ func (m memberStorage) HostCall(ctx context.Context, name string, args json.RawM
 		err = xapi.Internal("the coordinator was not told of what has changed: %w", ferr)
 	}
 	return text, err
+}
+
+// serveMember is the part of a host that was joined to a pool: its API names the
+// coordinator, and it carries out its jobs.
+func (s *Server) serveMember(ctx context.Context, serving func()) error {
+	handler, err := s.standbyRoutes()
+	if err != nil {
+		return err
+	}
+	defer s.cli.Close()
+	s.ways.setHandler(handler)
+	s.log.WithField("pool", s.pool.PoolUUID).Info("this host is a member of a pool")
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	wg.Go(func() { s.keepLink(ctx) })
+	wg.Go(func() { s.told.run(ctx) })
+	serving()
+	<-ctx.Done()
+	return context.Cause(ctx)
+}
+
+// runAgent carries out the jobs of this host until ctx ends. A member's jobs are
+// known when the coordinator has told of them.
+func (s *Server) runAgent(ctx context.Context) error {
+	if s.member != nil {
+		if err := s.link.Ready(ctx); err != nil {
+			if ctx.Err() != nil {
+				return nil
+			}
+			return err
+		}
+		if err := s.recoverJobs(ctx); err != nil && ctx.Err() == nil {
+			s.log.WithError(err).Error("the coordinator was not told of this host's stampfiles")
+		}
+	}
+	return s.agent.Run(ctx)
+}
+
+// memberRole is what a member tells of itself to any caller.
+func (s *Server) memberRole(role map[string]string) map[string]string {
+	st := s.link.State()
+	p := s.leadingPeer()
+	role["role"], role["coordinator"], role["coordinator_address"] = roleMember, string(p.Host), addressOf(p.URL)
+	role["connected"], role["problem"] = strconv.FormatBool(st.Connected), st.Problem
+	if !st.Since.IsZero() {
+		role["since"] = xapi.FormatTime(st.Since)
+	}
+	return role
+}
+
+// ejected makes this host a pool of its own: a coordinator whose key it knows has
+// said that it was ejected.
+func (s *Server) ejected() {
+	if err := s.leavePool("this host was ejected from its pool"); err != nil {
+		s.log.WithError(err).Error("this host was ejected from its pool and is no pool of its own yet; it is tried again")
+	}
 }

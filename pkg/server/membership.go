@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 
+	"github.com/patchd/patchd/pkg/link"
 	"github.com/patchd/patchd/pkg/pool"
 )
 
@@ -28,8 +29,11 @@ const (
 type membership struct {
 	Phase  phase           `json:"phase"`
 	Answer pool.JoinAnswer `json:"answer"`
+	// Joined is the URL at which the coordinator was found: tried, too, where its
+	// record names an address that nobody reaches.
+	Joined string `json:"joined"`
 	// Term is the highest one that orders were accepted of.
-	Term int64 `json:"term"`
+	Term link.Term `json:"term"`
 	// Coordinators are the hosts that may lead, as was last told.
 	Coordinators []pool.Peer `json:"coordinators"`
 	PoolName     string      `json:"pool_name"`

@@ -19,6 +19,7 @@ import (
 
 	"github.com/patchd/patchd/pkg/agent"
 	"github.com/patchd/patchd/pkg/dom0"
+	"github.com/patchd/patchd/pkg/link"
 	"github.com/patchd/patchd/pkg/pool"
 	"github.com/patchd/patchd/pkg/session"
 	"github.com/patchd/patchd/pkg/sr/all"
@@ -56,6 +57,10 @@ type Server struct {
 	hostname string
 	version  string
 	runner   []string
+	member   *membership             // as it was at the start; nil: this host is none
+	link     *link.Client            // to the coordinator; nil on one that has the embedded database
+	told     *inventory              // of a member: what the coordinator knows of its storage
+	hub      *link.Hub               // of the coordinator, while it leads
 	joining  atomic.Bool             // this host has asked another pool to take it in
 	reopen   context.CancelCauseFunc // ends Run; set by it
 	lent     bool                    // the state directory's lock is Serve's
@@ -264,13 +269,17 @@ func (s *Server) openPool(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	if err := s.openLink(ctx); err != nil {
+		return err
+	}
+	coordinator, storage := s.agentServes()
 	s.agent = agent.New(agent.Options{
-		Coordinator: s.pool, Storage: s.pool, Dom0: s.dom0, Log: s.log,
+		Coordinator: coordinator, Storage: storage, Dom0: s.dom0, Log: s.log,
 		Self: s.pool.Self, SelfUUID: s.pool.SelfUUID, PoolUUID: s.pool.PoolUUID,
 		JobsDir: s.state.path("jobs"), PatchDir: s.config.PatchDir, KeysDir: s.keysDir(), Pinned: s.config.PinnedSHA256,
 		Attested: s.attested(),
 		Runner:   s.runner, MaxCleartext: s.config.MaxCleartext, Layout: s.layout, KeepFree: s.state.keepFree(s.dom0),
-		KeepQueued: s.config.Store != "",
+		KeepQueued: s.config.Store != "" || s.member != nil,
 		Timeouts: agent.Timeouts{
 			Precheck: time.Duration(s.config.PrecheckTimeout), Apply: time.Duration(s.config.ApplyTimeout),
 			Grace: time.Duration(s.config.GraceTimeout),
@@ -304,7 +313,7 @@ func (s *Server) Run(ctx context.Context, ready func()) error {
 	boundMemory()
 	var wg sync.WaitGroup
 	serving := func() {
-		wg.Go(func() { cancel(s.agent.Run(ctx)) })
+		wg.Go(func() { cancel(s.runAgent(ctx)) })
 		wg.Go(func() { s.every(ctx, housekeepingEvery, "housekeeping of the host", s.keepHost) })
 		wg.Go(func() { s.every(ctx, sweepEvery, "the sweep", s.pool.Sweep) })
 		wg.Go(func() { s.every(ctx, replugEvery, "plugging SRs that were away", s.pool.ReplugFailed) })
@@ -328,6 +337,9 @@ func (s *Server) Run(ctx context.Context, ready func()) error {
 // play takes the roles of this host one after another. serving is called once,
 // when calls are answered.
 func (s *Server) play(ctx context.Context, serving func()) error {
+	if s.member != nil {
+		return s.serveMember(ctx, serving)
+	}
 	if s.leader == nil {
 		if err := s.stand(ctx, serving); err != nil {
 			return err
@@ -367,6 +379,15 @@ func (s *Server) repairHost(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if s.member != nil {
+		return nil // its jobs are the coordinator's: see runAgent
+	}
+	return s.recoverJobs(ctx)
+}
+
+// recoverJobs settles the jobs of an earlier process of this host, and compares
+// stampfiles with records.
+func (s *Server) recoverJobs(ctx context.Context) error {
 	if err := s.agent.Recover(ctx); err != nil {
 		// A job that cannot be settled now is tried again at the next start;
 		// it must not keep an admin from the pool.
