@@ -18,7 +18,7 @@ import (
 // itself; Join makes one of them.
 type Pool struct {
 	T     testing.TB
-	Net   *Net
+	Net   *Net    // nil: loopback addresses of this machine
 	Hosts []*Host // the first is the coordinator, unless the test says otherwise
 	Works []*Work // that CheckTruth looks at
 
@@ -48,6 +48,19 @@ func PoolOn(t testing.TB, w *Net, n int, each func(i int) Options) *Pool {
 	}
 	p.Hosts = StartAll(t, all...)
 	return p
+}
+
+// PoolHere is NewPool on loopback addresses of this machine: the test itself can
+// reach the hosts, and be one.
+func PoolHere(t testing.TB, n int, each func(i int) Options) *Pool {
+	t.Helper()
+	all := make([]Options, n)
+	for i := range all {
+		if each != nil {
+			all[i] = each(i)
+		}
+	}
+	return &Pool{T: t, Hosts: StartAll(t, all...), out: map[*Host]bool{}}
 }
 
 // JoinAll joins every other host to the first.
