@@ -83,7 +83,11 @@ func Serve(ctx context.Context, c Config, o Options, ready func(*Server)) error 
 	}
 	o.state = &state
 	for {
-		if err = serveOnce(ctx, c, o, ready); !errors.Is(err, ErrDeposed) || ctx.Err() != nil {
+		err = serveOnce(ctx, c, o, ready)
+		if ctx.Err() != nil && (errors.Is(err, ErrDeposed) || errors.Is(err, context.Canceled)) {
+			err = nil
+		}
+		if !errors.Is(err, ErrDeposed) {
 			return errors.Join(err, state.close())
 		}
 		o.Log.WithError(err).Warn("the daemon opens again, to stand by")
