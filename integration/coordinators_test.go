@@ -4,8 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
-	"sync"
-	"syscall"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -21,18 +20,19 @@ type coordinators struct {
 }
 
 // startCoordinators starts an etcd cluster of three and n daemons on it, all at once.
-func startCoordinators(t *testing.T, n int, flags ...string) *coordinators {
+func startCoordinators(t *testing.T, n int, o lab.Options) *coordinators {
 	t.Helper()
 	c := &coordinators{t: t, etcd: lab.StartEtcd(t, 3)}
+	o.Flags = append([]string{"--store", c.etcd.URL("")}, o.Flags...)
 	for range n {
-		c.hosts = append(c.hosts, lab.Prepare(t, lab.Options{Flags: append([]string{"--store", c.etcd.URL("")}, flags...)}))
+		c.hosts = append(c.hosts, lab.Prepare(t, o))
 	}
 	for _, h := range c.hosts {
 		h.Launch()
 	}
 	for _, h := range c.hosts {
 		if err := h.Ready(60 * time.Second); err != nil {
-			t.Fatal(err)
+			t.Fatalf("%v\n%.2000s", err, h.Log())
 		}
 	}
 	return c
@@ -85,7 +85,7 @@ func masterIP(s *lab.Session) string {
 // C4: of many coordinators one leads and the others say which; when it dies
 // another one does, with the sessions, the events and the master of the pool.
 func TestC4_CoordinatorsFollowEachOther(t *testing.T) {
-	c := startCoordinators(t, 3)
+	c := startCoordinators(t, 3, lab.Options{})
 	first, s, _ := c.leader()
 	if n := len(s.All("host")); n != 3 {
 		t.Fatalf("the pool has %d hosts", n)
@@ -140,6 +140,122 @@ func TestC4_CoordinatorsFollowEachOther(t *testing.T) {
 	}
 }
 
-var _ = fmt.Sprint
-var _ sync.Mutex
-var _ = syscall.SIGSTOP
+// C7: the npm package as it is, pointed at a host that does not lead.
+func TestC7_XenAPIAtAHostThatDoesNotLead(t *testing.T) {
+	npmClients(t)
+	c := startCoordinators(t, 2, lab.Options{Plain: 80, TLS: 443}) // it knows no other ports of a host
+	leader, _, _ := c.leader()
+	standby := c.others(leader)[0]
+	standsBy(t, standby, leader)
+	for transport, url := range map[string]string{"json-rpc": standby.URL, "xml-rpc": standby.TLSURL} {
+		t.Run(transport, func(t *testing.T) {
+			p := plan{
+				URL: url, Transport: transport, Debounce: 20, Patches: clientPatches(t, "sized", "unsized", "buffer"),
+				Extra: map[string]string{"leader": leader.IP, "standby": standby.IP},
+			}
+			clientOK(t, "npm", "node", "standby.mjs", p.write(t))
+		})
+	}
+}
+
+// puts writes into a record of the pool, again and again, until stop, and
+// counts what was acknowledged.
+type writer struct {
+	stop  chan struct{}
+	done  chan struct{}
+	acked atomic.Int64
+}
+
+// writing writes at a host with a session until stop is closed.
+func writing(h *lab.Host, s *lab.Session, pool string) *writer {
+	w := &writer{stop: make(chan struct{}), done: make(chan struct{})}
+	go func() {
+		defer close(w.done)
+		for n := 0; ; n++ {
+			select {
+			case <-w.stop:
+				return
+			default:
+			}
+			if _, err := h.RPC("pool.add_to_other_config", s.Ref, pool, fmt.Sprintf("%s-%06d", h.IP, n), "x"); err == nil {
+				w.acked.Add(1)
+			}
+			time.Sleep(5 * time.Millisecond)
+		}
+	}()
+	return w
+}
+
+func (w *writer) end() int64 {
+	close(w.stop)
+	<-w.done
+	return w.acked.Load()
+}
+
+// wrote counts the keys in the pool's other_config that came from a host.
+func wrote(s *lab.Session, h *lab.Host) (n int64) {
+	s.H.T.Helper()
+	_, pool := s.One("pool")
+	for key := range pool["other_config"].(map[string]any) {
+		if strings.HasPrefix(key, h.IP+"-") {
+			n++
+		}
+	}
+	return n
+}
+
+// C4: a leader that stands still for longer than its lease writes nothing when
+// it wakes, and stands by; a node of etcd that dies, and all of them away for a
+// while, lose nothing.
+func TestC4_APausedLeaderWritesNothing(t *testing.T) {
+	c := startCoordinators(t, 2, lab.Options{})
+	first, s, _ := c.leader()
+	second := c.others(first)[0]
+	poolRef, _ := s.One("pool")
+	w := writing(first, s, poolRef)
+	until(t, "some writes", func() bool { return w.acked.Load() > 20 })
+
+	first.Pause()
+	_, _, took := (&coordinators{t: t, hosts: []*lab.Host{second}}).leader()
+	t.Logf("the next call was served after %s", took.Round(10*time.Millisecond))
+	s = &lab.Session{H: second, Ref: s.Ref}
+	before := wrote(s, first)
+	time.Sleep(time.Second) // nothing can be waited for: it is to do nothing
+	first.Resume()
+	standsBy(t, first, second)
+	if acked := w.end(); acked > before {
+		t.Errorf("%d writes were acknowledged, %d are there", acked, before)
+	}
+	if after := wrote(s, first); after != before {
+		t.Errorf("%d writes of the paused leader, then %d", before, after)
+	}
+	if ip := masterIP(s); ip != second.IP {
+		t.Errorf("the master is %s, the leader %s", ip, second.IP)
+	}
+
+	// a node of etcd
+	w = writing(second, s, poolRef)
+	c.etcd.Nodes[0].Kill()
+	reached := w.acked.Load() + 50
+	until(t, "writes go on with two nodes", func() bool { return w.acked.Load() >= reached })
+
+	// all of etcd
+	c.etcd.Nodes[1].Kill()
+	c.etcd.Nodes[2].Kill()
+	until(t, "the API says that it cannot answer", func() bool {
+		_, err := second.RPC("pool.get_all", s.Ref)
+		var e *xapi.Error
+		return errors.As(err, &e) && (e.Code == xapi.HostStillBooting || e.Code == xapi.HostIsSlave) || err != nil && strings.Contains(err.Error(), "503")
+	})
+	for _, n := range c.etcd.Nodes {
+		n.Start()
+	}
+	third, _, took := c.leader()
+	t.Logf("after etcd came back the next call was served after %s", took.Round(10*time.Millisecond))
+	acked := w.end()
+	s = &lab.Session{H: third, Ref: s.Ref}
+	if n := wrote(s, second); n < acked {
+		t.Errorf("%d writes were acknowledged, %d are there", acked, n)
+	}
+	s.MustUpload(&lab.Patch{})
+}
