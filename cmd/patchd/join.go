@@ -177,15 +177,26 @@ func newPoolRotateKey(g *global) *cobra.Command {
 		Long: "Makes another key for this host, whose certificate the old key signs: the other hosts of the pool accept it and\n" +
 			"learn it, also those that are away now. Clients that pin the key need the new --pin.",
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return g.with(cmd.Context(), func(ctx context.Context, c *client) error {
-				var pin string
-				if err := c.call(ctx, &pin, "patchd.rotate_key"); err != nil {
-					return err
-				}
-				return g.printText("pin", pin)
-			})
+			var pin string
+			if err := g.tellThisHost(cmd.Context(), &pin, "patchd.rotate_key"); err != nil {
+				return err
+			}
+			return g.printText("pin", pin)
 		},
 	}
+}
+
+// tellThisHost makes a call about this very host, which any role answers: over
+// the unix socket, without a login.
+func (g *global) tellThisHost(ctx context.Context, into any, method string) error {
+	if g.server != "" {
+		return usagef("this is said on the host itself, without --server")
+	}
+	c, err := g.reach()
+	if err != nil {
+		return err
+	}
+	return explain(ctx, nil, c.rpc(ctx, into, method))
 }
 
 func newPoolLeave(g *global) *cobra.Command {
@@ -193,12 +204,10 @@ func newPoolLeave(g *global) *cobra.Command {
 		Use: "leave", Short: "make this member a pool of its own, although nobody has ejected it", Args: cobra.NoArgs,
 		Long: "For a member whose pool is lost. Where the coordinator is there, eject the host from it instead.",
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return g.with(cmd.Context(), func(ctx context.Context, c *client) error {
-				if err := c.call(ctx, nil, "patchd.pool_leave"); err != nil {
-					return err
-				}
-				return g.printText("left", "this host is a pool of its own")
-			})
+			if err := g.tellThisHost(cmd.Context(), nil, "patchd.pool_leave"); err != nil {
+				return err
+			}
+			return g.printText("left", "this host is a pool of its own")
 		},
 	}
 }

@@ -96,6 +96,9 @@ func newStatus(g *global) *cobra.Command {
 	return &cobra.Command{
 		Use: "status", Short: "is patchd up, and how is the pool", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if done, err := g.statusElsewhere(cmd.Context()); done || err != nil {
+				return err
+			}
 			return g.with(cmd.Context(), func(ctx context.Context, c *client) error {
 				st, err := c.status(ctx)
 				if err != nil {
@@ -171,6 +174,53 @@ func (c *client) status(ctx context.Context) (st status, err error) {
 	}
 	st.Hosts, st.Patches, st.Messages = len(byClass["host"]), len(byClass["pool_patch"]), len(byClass["message"])
 	return st, nil
+}
+
+// roleStatus is what a host that does not lead tells of itself and the pool.
+type roleStatus struct {
+	Role        string `json:"role"`
+	Pool        string `json:"pool"`
+	Host        string `json:"host"`
+	Coordinator *named `json:"coordinator"` // null: nobody leads just now
+	Address     string `json:"coordinator_address"`
+	Pin         string `json:"pin"`
+}
+
+// statusElsewhere prints the status of a host that does not lead; done is false
+// where this one does.
+func (g *global) statusElsewhere(ctx context.Context) (done bool, err error) {
+	c, err := g.reach()
+	if err != nil {
+		return false, err
+	}
+	var role map[string]string
+	// Who does not answer this is told of when the command logs in.
+	if err := c.rpc(ctx, &role, "patchd.role"); err != nil || role["role"] == "" || role["role"] == "coordinator" {
+		return false, nil
+	}
+	st := roleStatus{Role: role["role"], Pool: role["pool"], Host: role["host"], Address: role["coordinator_address"]}
+	if role["coordinator"] != "" {
+		st.Coordinator = &named{role["coordinator"], role["coordinator_name"]}
+	}
+	if g.server == "" {
+		st.Pin = g.localPin()
+	}
+	return true, g.printRole(st)
+}
+
+func (g *global) printRole(st roleStatus) error {
+	if g.json() {
+		return printJSON(os.Stdout, st)
+	}
+	for _, line := range [][2]string{
+		{"role", st.Role}, {"pool", st.Pool}, {"host", st.Host}, {"coordinator", st.Coordinator.String()},
+		{"its address", st.Address}, {"pin of this host", st.Pin},
+	} {
+		if line[1] != "" {
+			fmt.Printf("%-18s %s\n", line[0], line[1])
+		}
+	}
+	return nil
 }
 
 // localPin reads the pin from the certificate in the state directory; "" where

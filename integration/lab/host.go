@@ -2,6 +2,7 @@ package lab
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -34,6 +35,8 @@ type Options struct {
 	Store   string   // URL of the pool database; empty: the embedded one
 	NoKey   bool     // the lab's key is not trusted
 	NoCheck bool     // do not look for what is left at the end
+	// Plain and TLS are the ports; 0: those of the lab.
+	Plain, TLS int
 }
 
 // Host is one patchd on this machine.
@@ -74,8 +77,8 @@ func Prepare(t testing.TB, o Options) *Host {
 	}
 	h := &Host{T: t, StateDir: filepath.Join(o.Dir, "state"), PatchDir: filepath.Join(o.Dir, "patches"), o: o, log: &syncBuffer{}}
 	h.place(t)
-	h.URL = fmt.Sprintf("http://%s:%d", h.IP, plainPort)
-	h.TLSURL = fmt.Sprintf("https://%s:%d", h.IP, tlsPort)
+	h.URL = fmt.Sprintf("http://%s:%d", h.IP, cmp.Or(o.Plain, plainPort))
+	h.TLSURL = fmt.Sprintf("https://%s:%d", h.IP, cmp.Or(o.TLS, tlsPort))
 	if !o.NoKey {
 		h.Trust(DefaultKey(t))
 	}
@@ -194,7 +197,7 @@ func (h *Host) Launch(env ...string) {
 	h.T.Helper()
 	args := append([]string{
 		"serve", "--state-dir", h.StateDir, "--patch-dir", h.PatchDir,
-		"--listen", fmt.Sprintf("%s:%d", h.IP, plainPort), "--tls-listen", fmt.Sprintf("%s:%d", h.IP, tlsPort),
+		"--listen", strings.TrimPrefix(h.URL, "http://"), "--tls-listen", strings.TrimPrefix(h.TLSURL, "https://"),
 		"--bad-password-delay", "200ms", "--grace-timeout", "1s",
 	}, h.o.Flags...)
 	if h.o.Store != "" {

@@ -94,7 +94,10 @@ func Serve(ctx context.Context, c Config, o Options, ready func(*Server)) error 
 	o.state = &state
 	for {
 		err = serveOnce(ctx, c, o, ready)
-		if !opensAgain(err) || ctx.Err() != nil {
+		if ctx.Err() != nil && (opensAgain(err) || errors.Is(err, context.Canceled)) {
+			err = nil
+		}
+		if !opensAgain(err) {
 			return errors.Join(err, state.close())
 		}
 		o.Log.WithError(err).Warn("the daemon opens again, in another role")

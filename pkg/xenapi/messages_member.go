@@ -56,15 +56,36 @@ func memberMessages() []*Message {
 		write("patchd", "join_token", String, func(c *call) (any, error) {
 			return c.memberText(Members.JoinToken)
 		}),
-		write("patchd", "rotate_key", String, func(c *call) (any, error) {
-			return c.memberText(Members.RotateKey)
-		}),
 		work("patchd", "pool_join", stringMap, poolJoin, textParam("address"), mapParam("options")),
 	}
 	for _, m := range list {
 		m.by(session.PoolAdmin)
 	}
-	return append(list, look("patchd", "host_states", SetOf(stringMap), hostStates))
+	return append(list,
+		look("patchd", "host_states", SetOf(stringMap), hostStates),
+		// These are about this very host, whoever leads, and for its root only.
+		write("patchd", "rotate_key", String, localOnly(func(c *call) (any, error) {
+			return c.memberText(Members.RotateKey)
+		})).open().everywhere(),
+		write("patchd", "pool_leave", Void, localOnly(func(c *call) (any, error) {
+			m, err := c.members()
+			if err != nil {
+				return nil, err
+			}
+			return nil, m.Leave(c.ctx)
+		})).open().everywhere(),
+	)
+}
+
+// localOnly is for messages that take no session: root says them over the unix
+// socket.
+func localOnly(run func(*call) (any, error)) func(*call) (any, error) {
+	return func(c *call) (any, error) {
+		if !session.Trusted(c.ctx) {
+			return nil, xapi.NewError(xapi.RBACPermissionDenied, c.msg.FullName(), "only root on the host itself may do this, over the unix socket")
+		}
+		return run(c)
+	}
 }
 
 // hostStates gives ref, uuid, name_label, address, rank, connected ("true" or
