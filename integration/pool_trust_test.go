@@ -132,7 +132,7 @@ func TestC9_AgentsThatLie(t *testing.T) {
 		},
 		"find": func() error { _, _, err := asLiar.FindJob(ctx, job.Job.UUID); return err },
 		"resync": func() error {
-			return asLiar.Resync(ctx, xapi.Ref(s.HostRef(victim)), []pool.Stamp{{Patch: w.UUID, Applied: time.Now()}})
+			return asLiar.Resync(ctx, xapi.Ref(s.HostRef(victim)), []pool.Stamp{{Patch: pool.Patch{UUID: w.UUID, NameLabel: "lies", Version: "1.0"}, Applied: time.Now()}})
 		},
 		"message": func() error {
 			_, err := asLiar.MessageCreate(ctx, "LIES", 1, "Host", xapi.UUID(victim.UUID()), "it is broken")
@@ -229,8 +229,10 @@ func TestC9_RevokedKey(t *testing.T) {
 	refusedLink(t, c, "403")
 	end()
 	until(t, "the refusal to be logged", func() bool { return strings.Contains(first.Log(), "a stranger was refused") })
-	if _, err := s.Try("pool_patch.apply", ref, host); err == nil {
-		t.Error("a host without a key has applied a patch")
+	task := s.Call("Async.pool_patch.apply", ref, host).(string)
+	s.Call("task.cancel", task)
+	if rec := s.Wait(task); rec["status"] == "success" {
+		t.Errorf("a host without a key has applied a patch: %v", rec)
 	}
 	untouched(t, w, revoked)
 	revoked.Down()

@@ -35,8 +35,8 @@ type EtcdNode struct {
 
 // The ports of every etcd node; each has an address of its own.
 const (
-	etcdClientPort = 2379
-	etcdPeerPort   = 2380
+	etcdPort     = 2379
+	etcdPeerPort = 2380
 )
 
 // EtcdPlace is where a node runs.
@@ -100,7 +100,7 @@ func (e *Etcd) stop() {
 func (e *Etcd) URL(prefix string) string {
 	hosts := make([]string, len(e.Nodes))
 	for i, n := range e.Nodes {
-		hosts[i] = fmt.Sprintf("%s:%d", n.IP, etcdClientPort)
+		hosts[i] = fmt.Sprintf("%s:%d", n.IP, etcdPort)
 	}
 	u := "etcd://" + strings.Join(hosts, ",")
 	if prefix != "" {
@@ -120,8 +120,9 @@ func (e *Etcd) peers() string {
 // Start starts the node on the data it has, and does not wait for it.
 func (n *EtcdNode) Start() {
 	n.T.Helper()
+	fmt.Fprint(n.log, startMark)
 	args := append(append([]string{}, n.wrap...), etcdBinary(n.T), n.Name, n.dir,
-		fmt.Sprintf("http://%s:%d", n.IP, etcdClientPort), fmt.Sprintf("http://%s:%d", n.IP, etcdPeerPort), n.etcd.peers())
+		fmt.Sprintf("http://%s:%d", n.IP, etcdPort), fmt.Sprintf("http://%s:%d", n.IP, etcdPeerPort), n.etcd.peers())
 	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Stdout, cmd.Stderr = n.log, n.log
 	if err := cmd.Start(); err != nil {
@@ -154,8 +155,8 @@ func (n *EtcdNode) Ready(limit time.Duration) {
 	n.T.Fatalf("etcd node %s is not ready within %s", n.Name, limit)
 }
 
-// startMark stands in the log of a node before what a restarted one says.
-const startMark = "-- started again --\n"
+// startMark stands in the log of a node before what each start says.
+const startMark = "-- start --\n"
 
 // Kill ends the node by SIGKILL, also one that is paused. A node that has ended
 // is left alone.
@@ -185,7 +186,6 @@ func (n *EtcdNode) Resume() { n.signal(syscall.SIGCONT) }
 // Restart starts a killed node and waits until it has joined again.
 func (n *EtcdNode) Restart() {
 	n.T.Helper()
-	fmt.Fprint(n.log, startMark)
 	n.Start()
 	n.Ready(60 * time.Second)
 }

@@ -365,7 +365,7 @@ func TestEtcd(t *testing.T) {
 	c := StartEtcdOn(t, w.Nodes[:3]...)
 	put := func(i int) error {
 		body := bytes.NewReader([]byte(`{"key":"YQ==","value":"YQ=="}`))
-		res, err := w.Nodes[3].HTTP().Post(fmt.Sprintf("http://%s:%d/v3/kv/put", c.Nodes[i].IP, etcdClientPort), "application/json", body)
+		res, err := w.Nodes[3].HTTP().Post(fmt.Sprintf("http://%s:%d/v3/kv/put", c.Nodes[i].IP, etcdPort), "application/json", body)
 		if err != nil {
 			return err
 		}
