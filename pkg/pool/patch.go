@@ -290,8 +290,9 @@ func (p *Pool) assertUnapplied(tx *store.Tx, patch xapi.Ref) error {
 // HostPatchDestroy deletes only the record that a host has a patch. Codes:
 // HANDLE_INVALID, OTHER_OPERATION_IN_PROGRESS while its apply runs.
 func (p *Pool) HostPatchDestroy(ctx context.Context, ref xapi.Ref) error {
-	return p.Store.Update(ctx, func(tx *store.Tx) error {
-		var hp HostPatch
+	var hp HostPatch
+	err := p.Store.Update(ctx, func(tx *store.Tx) error {
+		hp = HostPatch{}
 		if err := tx.Get(ClassHostPatch, ref, &hp); err != nil {
 			return err
 		}
@@ -299,11 +300,12 @@ func (p *Pool) HostPatchDestroy(ctx context.Context, ref xapi.Ref) error {
 			return p.inProgress(tx, hp.PoolPatch, hp.Host)
 		}
 		tx.Delete(ClassHostPatch, ref)
-		if tx.Has(ClassPatch, hp.PoolPatch) {
-			return p.refreshPoolApplied(tx, hp.PoolPatch, "")
-		}
 		return nil
 	})
+	if err != nil {
+		return err
+	}
+	return p.settlePoolApplied(ctx, hp.PoolPatch)
 }
 
 func (p *Pool) touch(ctx context.Context, class string, ref xapi.Ref) error {

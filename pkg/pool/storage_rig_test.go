@@ -3,6 +3,8 @@ package pool
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"io"
 	"os"
@@ -245,10 +247,24 @@ func (r *rig) wantTidy(when string) {
 	}
 }
 
-// finish is JobFinish by the host that holds the newest claim.
+// finish is JobFinish by the host that holds the newest claim, with a proof of what
+// worked.
 func (r *rig) finish(ctx context.Context, ref xapi.Ref, o Outcome) error {
 	if job, err := r.Job(ref); err == nil {
 		o.Attempt = job.Attempt
+		if job.Kind == JobApply && o.Err == nil {
+			o.Proof = proofOf(r.Pool, job.Patch)
+		}
 	}
 	return r.JobFinish(ctx, ref, o)
+}
+
+// proofOf is what an honest host shows for a patch.
+func proofOf(p *Pool, ref xapi.Ref) *Proof {
+	rec, err := p.patch(ref)
+	if err != nil {
+		return nil
+	}
+	sum := sha256.Sum256([]byte(rec.InfoXML))
+	return &Proof{Stamp: hex.EncodeToString(sum[:]), Payload: rec.Digest, UUID: rec.UUID, Version: rec.Version}
 }

@@ -186,7 +186,7 @@ func (s *Server) openPool(ctx context.Context, hostname string) error {
 			Grace: time.Duration(s.config.GraceTimeout),
 		},
 	})
-	s.pool.Local, s.pool.Also = s.agent, s.examine
+	s.pool.Local, s.pool.Also, s.pool.Tasks = s.agent, s.examine, s.tasks
 	return os.MkdirAll(s.keysDir(), 0o755)
 }
 
@@ -307,6 +307,9 @@ func (s *Server) repair(ctx context.Context) error {
 	if err := s.agent.ResyncStamps(ctx); err != nil {
 		return fmt.Errorf("compare stampfiles with records: %w", err)
 	}
+	if err := s.pool.SettlePoolApplied(ctx); err != nil {
+		return err
+	}
 	return s.pool.ImportPatchDir(ctx)
 }
 
@@ -340,11 +343,15 @@ func (s *Server) ensureStorage(ctx context.Context) error {
 // jobs, also those that ended while nobody could tell their task.
 func (s *Server) resume(ctx context.Context) (map[xapi.Ref]bool, error) {
 	owned := map[xapi.Ref]bool{}
-	refs, runs, err := s.pool.OpenRuns()
+	refs, runs, err := s.pool.Runs()
 	if err != nil {
 		return nil, err
 	}
 	for i, run := range runs {
+		// One that has ended has its say when its task does not know of it yet.
+		if task, err := s.tasks.Get(run.Task); run.State.Ended() && (err != nil || task.Status.Finished()) {
+			continue
+		}
 		owned[run.Task] = true
 		err := s.takeUp(ctx, run.Task, func(ctx context.Context) (string, error) {
 			return "", s.pool.ContinueRun(pool.Resuming(ctx), refs[i])
@@ -431,7 +438,7 @@ func (s *Server) every(ctx context.Context, pause time.Duration, what string, f 
 func (s *Server) keepHouse(ctx context.Context) error {
 	boundMemory()
 	_, err := s.state.useReserve(s.dom0, s.log)
-	return errors.Join(s.tasks.GC(ctx), s.pool.CollectJobs(ctx), s.sessions.GC(ctx), s.forgetAttested(), err)
+	return errors.Join(s.tasks.GC(ctx), s.pool.CollectJobs(ctx), s.pool.CollectRuns(ctx), s.sessions.GC(ctx), s.forgetAttested(), err)
 }
 
 // Close ends everything; runners go on.

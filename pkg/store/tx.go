@@ -145,6 +145,20 @@ func (tx *Tx) Refs(class, field, value string) []xapi.Ref {
 	return refs
 }
 
+// RefsBoth is Refs of the records that hold a value in each of two indexed fields:
+// of those, however many hold only the first, nothing is read.
+func (tx *Tx) RefsBoth(class string, first, second [2]string) []xapi.Ref {
+	n := slices.Index(tx.v.decl.of(class), second[0])
+	return slices.DeleteFunc(tx.Refs(class, first[0], first[1]), func(ref xapi.Ref) bool {
+		i := id{class, ref}
+		if w := tx.writes[i]; w != nil {
+			return n < 0 || tx.v.decl.values(class, *w)[n] != second[1]
+		}
+		e := tx.v.entry(i)
+		return n < 0 || e == nil || e.fields[n] != second[1]
+	})
+}
+
 // ByUUID gives the ref of the record of a class with that uuid.
 func (tx *Tx) ByUUID(class string, uuid xapi.UUID) (xapi.Ref, bool) {
 	refs := tx.Refs(class, "uuid", string(uuid))
