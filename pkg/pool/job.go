@@ -271,7 +271,7 @@ func (p *Pool) JobRequeue(ctx context.Context, ref xapi.Ref) error {
 func (p *Pool) assertUnused(tx *store.Tx, vdi xapi.Ref) error {
 	for _, ref := range tx.Refs(ClassJob, "VDI", string(vdi)) {
 		var job Job
-		if tx.Get(ClassJob, ref, &job) == nil && job.State != JobDone {
+		if tx.Peek(ClassJob, ref, &job) == nil && job.State != JobDone {
 			return xapi.NewError(xapi.VDIInUse, string(vdi), string(job.Kind))
 		}
 	}

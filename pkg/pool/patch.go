@@ -277,11 +277,22 @@ func (p *Pool) assertUnapplied(tx *store.Tx, patch xapi.Ref) error {
 	if len(tx.Refs(ClassHostPatch, "pool_patch", string(patch))) > 0 {
 		return xapi.NewError(xapi.PatchIsApplied)
 	}
+	// A job never opens again, so one that was done a moment ago is done.
 	for _, ref := range tx.Refs(ClassJob, "patch", string(patch)) {
 		var job Job
-		if tx.Get(ClassJob, ref, &job) == nil && job.State != JobDone {
+		if tx.Peek(ClassJob, ref, &job) == nil && job.State != JobDone {
 			return xapi.NewError(xapi.OtherOperationInProgress, "Pool_patch", string(patch),
 				"a "+string(job.Kind)+" of the patch is running")
+		}
+	}
+	for _, it := range tx.List(ClassRun) {
+		var run Run
+		if err := it.Decode(&run); err != nil {
+			return err
+		}
+		if run.Patch == patch && !run.State.Ended() {
+			return xapi.NewError(xapi.OtherOperationInProgress, "Pool_patch", string(patch),
+				fmt.Sprintf("run %s of the patch is %s", run.UUID, run.State))
 		}
 	}
 	return nil

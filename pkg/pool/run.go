@@ -118,7 +118,7 @@ func (h RunHost) in(s HostState, now time.Time, reason string) RunHost {
 // because is in with the error that is the reason.
 func (h RunHost) because(s HostState, now time.Time, err error) RunHost {
 	e := xapi.AsError(err)
-	h = h.in(s, now, e.Error())
+	h = h.in(s, now, plainError(e.Description()))
 	h.Error = e.Description()
 	return h
 }

@@ -27,13 +27,13 @@ import (
 // in memory that clones, and one point that every effect of a driver passes.
 type rig struct {
 	*Pool
-	t     *testing.T
+	t     testing.TB
 	dir   string
 	mem   *memory.Driver
 	point func(name string) error // nil: nothing happens
 }
 
-func newRig(t *testing.T) *rig {
+func newRig(t testing.TB) *rig {
 	t.Helper()
 	r := &rig{t: t, dir: t.TempDir(), mem: &memory.Driver{Clones: true}}
 	r.open(filepath.Join(r.dir, "db"))

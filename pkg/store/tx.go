@@ -71,6 +71,21 @@ func (tx *Tx) Get(class string, ref xapi.Ref, into any) error {
 	return Item{Class: class, Ref: ref, Raw: raw}.Decode(into)
 }
 
+// Peek is Get of a record whose change does not make the transaction run again: for
+// what holds as well when the record is a moment older. The records that Refs found
+// may be looked at in any number that way.
+func (tx *Tx) Peek(class string, ref xapi.Ref, into any) error {
+	i := id{class, ref}
+	if _, mine := tx.writes[i]; mine {
+		return tx.Get(class, ref, into)
+	}
+	e := tx.v.entry(i)
+	if e == nil {
+		return xapi.NewError(xapi.HandleInvalid, class, string(ref))
+	}
+	return e.item().Decode(into)
+}
+
 // Has tells whether a record is there.
 func (tx *Tx) Has(class string, ref xapi.Ref) bool {
 	_, ok := tx.read(id{class, ref})
