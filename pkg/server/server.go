@@ -288,7 +288,8 @@ func (s *Server) openPool(ctx context.Context) (err error) {
 			Grace: time.Duration(s.config.GraceTimeout),
 		},
 	})
-	s.pool.Local, s.pool.Also = s.agent, s.examine
+	s.pool.Local, s.pool.Also, s.pool.Tasks = s.agent, s.examine, s.tasks
+	s.pool.Confirmed = s.pool.PatchConfirmed
 	return os.MkdirAll(s.keysDir(), 0o755)
 }
 

@@ -292,7 +292,7 @@ func (p *fakePool) HostRevoke(_ context.Context, host xapi.Ref) error {
 	return nil
 }
 
-func (p *fakePool) HostStates(context.Context) ([]pool.HostState, error) {
+func (p *fakePool) HostStates(context.Context) ([]pool.HostInfo, error) {
 	p.note("HostStates")
-	return []pool.HostState{{Ref: made, NameLabel: "host", Rank: pool.RankMember}}, nil
+	return []pool.HostInfo{{Ref: made, NameLabel: "host", Rank: pool.RankMember}}, nil
 }
