@@ -253,7 +253,7 @@ func (r *rig) poolRef() (ref xapi.Ref) {
 func (r *rig) revoke(pin string) {
 	r.t.Helper()
 	change(r, pool.ClassPool, r.poolRef(), func(p *pool.PoolRecord) {
-		p.Revoked = append(p.Revoked, pool.RevokedKey{Pin: pin, Until: time.Now().Add(24*time.Hour)})
+		p.Revoked = append(p.Revoked, pool.RevokedKey{Pin: pin, Until: time.Now().Add(24 * time.Hour)})
 	})
 }
 

@@ -39,7 +39,7 @@ const maxNames = 5
 func (p *Pool) Examine(ctx context.Context) ([]Finding, error) {
 	var out []Finding
 	looks := []func(context.Context) ([]Finding, error){
-		p.examineDefaultSR, p.examineSRs, p.examineVDIs, p.examineOutcomes, p.examineMessages,
+		p.examineDefaultSR, p.examineHosts, p.examineSRs, p.examineVDIs, p.examineOutcomes, p.examineMessages,
 	}
 	if p.Also != nil {
 		looks = append(looks, p.Also)
@@ -66,6 +66,32 @@ func (p *Pool) examineDefaultSR(context.Context) ([]Finding, error) {
 		return nil, err
 	}
 	return []Finding{f}, nil
+}
+
+// examineHosts tells which of the other hosts are away; nothing of a pool of one.
+func (p *Pool) examineHosts(ctx context.Context) ([]Finding, error) {
+	hosts, err := p.HostStates(ctx)
+	if err != nil || len(hosts) < 2 {
+		return nil, err
+	}
+	var out []Finding
+	there := 0
+	for _, h := range hosts {
+		f := Finding{Check: "host", Class: ClassHost, UUID: h.UUID, Name: h.NameLabel}
+		switch {
+		case h.Rank != RankCoordinator && len(h.Keys) == 0:
+			f.Text = "its key was revoked, and nobody lets it in: have it join again, or eject it"
+		case !h.Connected && h.Since.IsZero():
+			f.Text = "is not connected: is patchd running there, and does it reach this host?"
+		case !h.Connected:
+			f.Text = fmt.Sprintf("is not connected since %s: is patchd running there, and does it reach this host?", xapi.FormatTime(h.Since))
+		default:
+			there++
+			continue
+		}
+		out = append(out, f)
+	}
+	return append(out, Finding{Check: "hosts", OK: there == len(hosts), Text: fmt.Sprintf("%d of %d are connected", there, len(hosts))}), nil
 }
 
 // pluggings lists the SRs and why each is not plugged here, or "".

@@ -433,7 +433,11 @@ func (s *Server) every(ctx context.Context, pause time.Duration, what string, f 
 func (s *Server) keepHost(context.Context) error {
 	boundMemory()
 	_, err := s.state.useReserve(s.dom0, s.log)
-	return errors.Join(s.forgetAttested(), err)
+	renewed, kerr := s.identity.Renew(time.Now())
+	if renewed {
+		s.log.Info("this host has a new certificate for its key")
+	}
+	return errors.Join(s.forgetAttested(), kerr, err)
 }
 
 // Close ends everything; runners go on.
