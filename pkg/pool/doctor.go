@@ -143,6 +143,10 @@ func (p *Pool) examineSRs(ctx context.Context) ([]Finding, error) {
 			out = append(out, f)
 			continue
 		}
+		if host, yes := p.elsewhere(ref); yes {
+			out = append(out, p.examineFarSR(rec, host, f))
+			continue
+		}
 		found, err := p.examineSR(ctx, ref, f)
 		if err != nil {
 			f.OK, f.Text = false, "it cannot be looked at: "+brief(err)
@@ -151,6 +155,29 @@ func (p *Pool) examineSRs(ctx context.Context) ([]Finding, error) {
 		out = append(out, found...)
 	}
 	return out, nil
+}
+
+// examineFarSR tells of an SR what the host that works on it has told.
+func (p *Pool) examineFarSR(rec SR, host xapi.Ref, about Finding) Finding {
+	name := string(host)
+	if h, err := p.host(host); err == nil {
+		name = h.NameLabel
+	}
+	free, low := max(0, rec.PhysicalSize-rec.PhysicalUtilisation), min(lowRoom, rec.PhysicalSize/10)
+	about.Check, about.OK = "room", free >= low
+	about.Text = fmt.Sprintf("plugged on host %s, which has told that %s are free", name, bytesText(free))
+	if !about.OK {
+		about.Text += ": remove disk images there (`patchd vdi list`)"
+	}
+	return about
+}
+
+func (p *Pool) host(ref xapi.Ref) (rec Host, err error) {
+	err = p.Store.View(func(v *store.View) error {
+		rec, err = store.Get[Host](v, ClassHost, ref)
+		return err
+	})
+	return rec, err
 }
 
 // examineSR looks into one plugged SR; about is a finding that names it.
