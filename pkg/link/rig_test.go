@@ -29,7 +29,7 @@ import (
 // quickTimes are short enough for tests and long enough for a busy machine.
 var quickTimes = times{
 	beat: 10 * time.Second, busyBeat: 5 * time.Second, answer: 5 * time.Second, silence: 20 * time.Second,
-	hello: 5 * time.Second, write: 5 * time.Second, line: 10 * time.Second, grace: time.Hour,
+	hello: 5 * time.Second, write: 5 * time.Second, line: 10 * time.Second, grace: time.Hour, gather: 20 * time.Millisecond,
 	retry: 10 * time.Millisecond, maxRetry: 50 * time.Millisecond,
 }
 
