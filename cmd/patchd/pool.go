@@ -20,6 +20,7 @@ func newHost(g *global) *cobra.Command {
 			{"PATCHES", func(r record) string { p, _ := r["patches"].([]any); return fmt.Sprint(len(p)) }},
 		}),
 		showCommand(g, "host", "show one host"),
+		newHostExempt(g), newHostResync(g),
 	)
 	return cmd
 }
@@ -45,7 +46,7 @@ func newPool(g *global) *cobra.Command {
 	cmd := &cobra.Command{Use: "pool", Short: "the pool"}
 	status := newStatus(g)
 	status.Short = "show the pool, its coordinator and its default SR"
-	cmd.AddCommand(status)
+	cmd.AddCommand(status, newCompliance(g))
 	return cmd
 }
 
