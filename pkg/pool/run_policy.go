@@ -245,6 +245,9 @@ func (pol Policy) timeWords() string {
 	if pol.WaitAway > 0 {
 		away = fmt.Sprintf("A host that is away is waited for up to %s.", seconds(pol.WaitAway))
 	}
+	if pol.HostDeadline == 0 { // of a pool_apply
+		return "A host may take as long as it does; one that is away fails."
+	}
 	return fmt.Sprintf("A host may take %s. %s", seconds(pol.HostDeadline), away)
 }
 
