@@ -8,20 +8,62 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/spf13/cobra"
+
+	"github.com/patchd/patchd/pkg/xapi"
 )
 
 func newHost(g *global) *cobra.Command {
 	cmd := &cobra.Command{Use: "host", Short: "hosts of the pool"}
 	cmd.AddCommand(
-		listCommand(g, "host", "list the hosts", []column{
-			field("UUID", "uuid"), field("NAME", "name_label"), field("ADDRESS", "address"), field("ENABLED", "enabled"),
-			{"PATCHES", func(r record) string { p, _ := r["patches"].([]any); return fmt.Sprint(len(p)) }},
-		}),
+		newHostList(g),
 		showCommand(g, "host", "show one host"),
+		newHostRevoke(g),
 	)
 	return cmd
+}
+
+// newHostList lists the hosts with what the coordinator knows of each now.
+func newHostList(g *global) *cobra.Command {
+	return &cobra.Command{
+		Use: "list", Short: "list the hosts", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return g.with(cmd.Context(), func(ctx context.Context, c *client) error {
+				all, err := c.all(ctx, "host")
+				if err != nil {
+					return err
+				}
+				var states []map[string]any
+				if err := c.call(ctx, &states, "patchd.host_states"); err != nil {
+					return err
+				}
+				for _, st := range states {
+					if rec := all[fmt.Sprint(st["ref"])]; rec != nil {
+						rec["rank"], rec["connected"], rec["since"], rec["jobs"] = st["rank"], st["connected"] == "true", st["since"], st["jobs"]
+					}
+				}
+				return g.printRecords(os.Stdout, all, []column{
+					field("UUID", "uuid"), field("NAME", "name_label"), field("ADDRESS", "address"), field("RANK", "rank"),
+					{"STATE", hostState}, field("ENABLED", "enabled"),
+					{"PATCHES", func(r record) string { p, _ := r["patches"].([]any); return fmt.Sprint(len(p)) }},
+				})
+			})
+		},
+	}
+}
+
+// hostState is whether a host is there, or how long it has been away.
+func hostState(r record) string {
+	if there, _ := r["connected"].(bool); there {
+		return "connected"
+	}
+	since, err := xapi.ParseTime(r.text("since"))
+	if err != nil {
+		return "away"
+	}
+	return "away for " + time.Since(since).Round(time.Second).String()
 }
 
 func newMessage(g *global) *cobra.Command {
@@ -45,7 +87,7 @@ func newPool(g *global) *cobra.Command {
 	cmd := &cobra.Command{Use: "pool", Short: "the pool"}
 	status := newStatus(g)
 	status.Short = "show the pool, its coordinator and its default SR"
-	cmd.AddCommand(status)
+	cmd.AddCommand(status, newPoolToken(g), newPoolJoin(g), newPoolEject(g), newPoolLeave(g), newPoolRotateKey(g))
 	return cmd
 }
 

@@ -197,15 +197,43 @@ func (a *Agent) start(ctx context.Context, id xapi.UUID, f func(e *execution)) {
 
 // ResyncStamps compares this host's stampfiles with the records.
 func (a *Agent) ResyncStamps(ctx context.Context) error {
-	stamps, bad, err := readStamps(a.PatchDir)
+	stamps, err := a.Stamps()
 	if err != nil {
 		return err
+	}
+	return a.Coordinator.Resync(ctx, a.Self, stamps)
+}
+
+// Stamps reads this host's stampfiles.
+func (a *Agent) Stamps() ([]pool.Stamp, error) {
+	stamps, bad, err := readStamps(a.PatchDir)
+	if err != nil {
+		return nil, err
 	}
 	for name, err := range bad {
 		a.Log.WithError(err).WithField("stampfile", name).Warn("a stampfile makes no sense: it only keeps what the records say")
 		stamps = append(stamps, pool.Stamp{Patch: pool.Patch{UUID: xapi.UUID(name)}, Garbled: true})
 	}
-	return a.Coordinator.Resync(ctx, a.Self, stamps)
+	return stamps, nil
+}
+
+// AtWork tells whether this host works on any job.
+func (a *Agent) AtWork() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return len(a.running) > 0
+}
+
+// Knows tells whether this host works on a job, or has something of it to settle.
+func (a *Agent) Knows(job xapi.UUID) bool {
+	a.mu.Lock()
+	_, running := a.running[job]
+	a.mu.Unlock()
+	if running {
+		return true
+	}
+	_, err := os.Lstat(a.journal.path(job))
+	return err == nil
 }
 
 // Settle writes or removes the stampfile of a patch whose outcome an admin has

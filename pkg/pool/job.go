@@ -110,25 +110,32 @@ type Outcome struct {
 // Jobs lists the open assignments of a host, oldest first, and the revision
 // they were read at. WaitChange(rev) blocks until something may have changed.
 func (p *Pool) Jobs(host xapi.Ref) (jobs []Assignment, rev int64, err error) {
-	err = p.Store.View(func(v *store.View) error {
+	err = p.Store.View(func(v *store.View) (err error) {
 		rev = v.Revision()
-		for _, ref := range v.Refs(ClassJob, "host", string(host)) {
-			job, err := store.Get[Job](v, ClassJob, ref)
-			if err != nil {
-				return err
-			}
-			if job.State == JobDone {
-				continue
-			}
-			a, err := p.assignment(v, ref, job)
-			if err != nil {
-				return err
-			}
-			jobs = append(jobs, a)
-		}
-		return nil
+		jobs, err = p.JobsIn(v, host)
+		return err
 	})
 	return jobs, rev, err
+}
+
+// JobsIn lists the open assignments of a host as one view has them, oldest
+// first.
+func (p *Pool) JobsIn(v *store.View, host xapi.Ref) (jobs []Assignment, err error) {
+	for _, ref := range v.Refs(ClassJob, "host", string(host)) {
+		job, err := store.Get[Job](v, ClassJob, ref)
+		if err != nil {
+			return nil, err
+		}
+		if job.State == JobDone {
+			continue
+		}
+		a, err := p.assignment(v, ref, job)
+		if err != nil {
+			return nil, err
+		}
+		jobs = append(jobs, a)
+	}
+	return jobs, nil
 }
 
 func (p *Pool) assignment(v *store.View, ref xapi.Ref, job Job) (Assignment, error) {
@@ -459,6 +466,9 @@ func (p *Pool) JobCancel(ctx context.Context, ref xapi.Ref) error {
 
 // JobAlive tells whether a job of that uuid is open: its working data is in use.
 func (p *Pool) JobAlive(id xapi.UUID) bool {
+	if p.Busy != nil && p.Busy(id) {
+		return true
+	}
 	_, job, ok := p.JobByUUID(id)
 	return ok && job.State != JobDone
 }

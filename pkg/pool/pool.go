@@ -59,6 +59,11 @@ type Pool struct {
 	// Connected tells whether a host is there to do something now; nil: every one is.
 	Connected func(host xapi.Ref) bool
 
+	// Seen tells since when a host is connected, or is not; nil: all are.
+	Seen func(host xapi.Ref) (since time.Time, connected bool)
+
+	// Busy tells of a job that this host works on and that is in another store; may be nil.
+	Busy func(job xapi.UUID) bool
 	// Copies is how many hosts must have the image of an upload before Confirm
 	// confirms it, CopiesTimeout how long that may take, and StageOn has a host
 	// take the image; nil: no host can be asked to.
@@ -162,7 +167,7 @@ func (p *Pool) ensureRecords(tx *store.Tx, o Options) error {
 	if host.CPUInfo == nil {
 		host.CPUInfo = map[string]string{}
 	}
-	host.SoftwareVersion = softwareVersion(o.Version)
+	host.SoftwareVersion = SoftwareVersion(o.Version)
 	tx.Put(ClassHost, ref, host)
 	p.Self = ref
 
@@ -203,9 +208,23 @@ func (h *Host) addKey(key []byte, now time.Time) {
 	h.Keys = h.Keys[max(0, len(h.Keys)-keysKept):]
 }
 
-// softwareVersion says 7.0 with platform 2.1.0: the last family with classic
+// HostAddKey makes key the newest of a host; the one before stays known. Code:
+// HANDLE_INVALID.
+func (p *Pool) HostAddKey(ctx context.Context, host xapi.Ref, key []byte) error {
+	return p.Store.Update(ctx, func(tx *store.Tx) error {
+		rec, err := store.Read[Host](tx, ClassHost, host)
+		if err != nil {
+			return err
+		}
+		rec.addKey(key, p.Now())
+		tx.Put(ClassHost, host, rec)
+		return nil
+	})
+}
+
+// SoftwareVersion is what a host with that patchd says of its software: 7.0 with platform 2.1.0: the last family with classic
 // patches, so that clients which know two ways take the classic one.
-func softwareVersion(version string) map[string]string {
+func SoftwareVersion(version string) map[string]string {
 	return map[string]string{
 		"product_brand": "patchd", "product_version": "7.0.0", "product_version_text": "7.0",
 		"product_version_text_short": "7.0", "platform_name": "XCP", "platform_version": "2.1.0",

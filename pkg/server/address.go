@@ -1,9 +1,6 @@
 package server
 
 import (
-	"crypto/tls"
-	"crypto/x509"
-	"fmt"
 	"net"
 	"net/netip"
 	"net/url"
@@ -23,13 +20,48 @@ func (s *Server) address() string {
 			return host
 		}
 	}
-	if host := addressTowards(s.config.Store); host != "" && !loopback(host) {
+	if host := addressTowards(s.towards()); host != "" && !loopback(host) {
+		return host
+	}
+	if host := anyAddress(); secure == "" && s.config.TLSListen != "" && host != "" {
 		return host
 	}
 	if plain != "" {
 		return plain
 	}
 	return "127.0.0.1"
+}
+
+// anyAddress is the first address of this machine that others may reach, or "".
+func anyAddress() string {
+	all, err := net.InterfaceAddrs()
+	if err != nil {
+		return ""
+	}
+	for _, a := range all {
+		if n, ok := a.(*net.IPNet); ok && n.IP.IsGlobalUnicast() {
+			return n.IP.String()
+		}
+	}
+	return ""
+}
+
+// towards is the URL of what this host has to reach: the pool's database or, of a
+// member, the coordinator; "" for a pool of one.
+func (s *Server) towards() string {
+	if s.member != nil {
+		return s.member.Joined
+	}
+	return s.config.Store
+}
+
+// addressOf is the host of a URL, "" of none.
+func addressOf(text string) string {
+	u, err := url.Parse(text)
+	if err != nil {
+		return ""
+	}
+	return u.Hostname()
 }
 
 // url is where other hosts reach this one's TLS listener, or "".
@@ -80,15 +112,6 @@ func addressTowards(store string) string {
 	}
 	defer c.Close()
 	return hostOf(c.LocalAddr().String())
-}
-
-// publicKey is the SubjectPublicKeyInfo of a certificate, in DER.
-func publicKey(cert tls.Certificate) ([]byte, error) {
-	leaf, err := x509.ParseCertificate(cert.Certificate[0])
-	if err != nil {
-		return nil, fmt.Errorf("read the TLS certificate: %w", err)
-	}
-	return leaf.RawSubjectPublicKeyInfo, nil
 }
 
 // onHost is the URL of the same listener on another host: all hosts of a pool

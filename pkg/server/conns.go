@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/patchd/patchd/pkg/session"
+	"github.com/patchd/patchd/pkg/trust"
 )
 
 // crowd bounds how many connections are open at once. When it is full, a
@@ -27,7 +28,8 @@ type crowd struct {
 }
 
 // crowdLimit is how many connections the listeners on the network may hold
-// together: what the process may open, less what it needs for itself.
+// together: what the process may open, less what it needs for itself. The Go
+// runtime has raised that to what the system allows before main began.
 func crowdLimit() int {
 	var lim syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &lim); err != nil || lim.Cur > 1<<20 {
@@ -98,6 +100,9 @@ func (c *crowdConn) Close() error {
 	return c.Conn.Close()
 }
 
+// NetConn gives the connection under c.
+func (c *crowdConn) NetConn() net.Conn { return c.Conn }
+
 // CloseWrite tells the client that nothing more comes.
 func (c *crowdConn) CloseWrite() error {
 	if h, ok := c.Conn.(interface{ CloseWrite() error }); ok {
@@ -135,7 +140,10 @@ func (l *crowdListener) Accept() (net.Conn, error) {
 
 // inCrowd finds the connection of a crowd under what the server was given.
 func inCrowd(c net.Conn) *crowdConn {
-	if t, ok := c.(*tls.Conn); ok {
+	switch t := c.(type) {
+	case *tls.Conn:
+		c = t.NetConn()
+	case *trust.HostConn:
 		c = t.NetConn()
 	}
 	cc, _ := c.(*crowdConn)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/http"
 	"os"
+	"sync"
 
 	"github.com/patchd/patchd/pkg/pool"
 	"github.com/patchd/patchd/pkg/store"
@@ -50,12 +51,49 @@ func (s *Server) serveLeading(ctx context.Context, serving func()) error {
 	s.leads.Store(s.leader)
 	s.ways.setHandler(handler)
 	s.log.WithField("term", s.leader.Revision).Info("this host leads the pool")
+	var hosts sync.WaitGroup
+	defer hosts.Wait()
+	hosts.Go(func() { s.keepHosts(ctx) })
 	serving()
 	s.every(ctx, housekeepingEvery, "housekeeping", s.keepHouse)
 	if errors.Is(context.Cause(ctx), ErrDeposed) {
 		s.ways.setHandler(http.HandlerFunc(booting))
 	}
 	return context.Cause(ctx)
+}
+
+// keepHosts is what a coordinator does for the other hosts: their links, and
+// those that come or go.
+func (s *Server) keepHosts(ctx context.Context) {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	wg.Go(func() {
+		if err := s.hub.Run(ctx); err != nil && ctx.Err() == nil {
+			s.log.WithError(err).Error("the links of the hosts ended")
+		}
+	})
+	if err := s.pool.FinishEjects(ctx); err != nil && ctx.Err() == nil {
+		s.log.WithError(err).Error("a host that was being ejected is still in the records; the next start tries again")
+	}
+	hosts, err := s.pool.Aligning()
+	if err != nil {
+		s.log.WithError(err).Error("the hosts that are to be put at the pool's level cannot be read")
+	}
+	for _, host := range hosts {
+		s.align(host)
+	}
+}
+
+// align puts a host at the pool's level, as a task that ends with this role.
+func (s *Server) align(host xapi.Ref) {
+	h, err := s.tasks.Begin(context.Background(), task.Spec{Label: "patchd.align", Description: "puts a new host at the pool's level"})
+	if err != nil {
+		s.log.WithError(err).WithField("host", host).Error("a host cannot be put at the pool's level; the next start tries again")
+		return
+	}
+	s.tasks.Go(h.Ref(), func(ctx context.Context, _ *task.Handle) (string, error) {
+		return xmlValue(""), s.pool.Align(ctx, host)
+	})
 }
 
 // takeOver makes true what must be true of the pool whenever a coordinator

@@ -6,7 +6,6 @@ package server
 import (
 	"context"
 	"crypto/sha256"
-	"crypto/tls"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -20,11 +19,13 @@ import (
 
 	"github.com/patchd/patchd/pkg/agent"
 	"github.com/patchd/patchd/pkg/dom0"
+	"github.com/patchd/patchd/pkg/link"
 	"github.com/patchd/patchd/pkg/pool"
 	"github.com/patchd/patchd/pkg/session"
 	"github.com/patchd/patchd/pkg/sr/all"
 	"github.com/patchd/patchd/pkg/store"
 	"github.com/patchd/patchd/pkg/task"
+	"github.com/patchd/patchd/pkg/trust"
 	"github.com/patchd/patchd/pkg/upload"
 	"github.com/patchd/patchd/pkg/vdi"
 	"github.com/patchd/patchd/pkg/xapi"
@@ -38,6 +39,8 @@ type Server struct {
 	state  stateDir
 	dom0   *dom0.System
 	layout vdi.LayoutKind
+	// identity is the key of this host, which the TLS listener shows.
+	identity *trust.Identity
 
 	store    *store.Store
 	leader   *store.Leadership                // of the goroutine that plays the roles
@@ -51,9 +54,16 @@ type Server struct {
 	uploads  *upload.Handler
 
 	hostUUID xapi.UUID
+	hostname string
 	version  string
 	runner   []string
-	lent     bool // the state directory's lock is Serve's
+	member   *membership             // as it was at the start; nil: this host is none
+	link     *link.Client            // to the coordinator; nil on one that has the embedded database
+	told     *inventory              // of a member: what the coordinator knows of its storage
+	hub      *link.Hub               // of the coordinator, while it leads
+	joining  atomic.Bool             // this host has asked another pool to take it in
+	reopen   context.CancelCauseFunc // ends Run; set by it
+	lent     bool                    // the state directory's lock is Serve's
 	// FirstPassword is root's password when this start has generated it.
 	FirstPassword string
 }
@@ -84,15 +94,18 @@ func Serve(ctx context.Context, c Config, o Options, ready func(*Server)) error 
 	o.state = &state
 	for {
 		err = serveOnce(ctx, c, o, ready)
-		if ctx.Err() != nil && (errors.Is(err, ErrDeposed) || errors.Is(err, context.Canceled)) {
+		if ctx.Err() != nil && (opensAgain(err) || errors.Is(err, context.Canceled)) {
 			err = nil
 		}
-		if !errors.Is(err, ErrDeposed) {
+		if !opensAgain(err) {
 			return errors.Join(err, state.close())
 		}
-		o.Log.WithError(err).Warn("the daemon opens again, to stand by")
+		o.Log.WithError(err).Warn("the daemon opens again, in another role")
 	}
 }
+
+// opensAgain tells whether a daemon that ended so has to be opened again.
+func opensAgain(err error) bool { return errors.Is(err, ErrDeposed) || errors.Is(err, errReopen) }
 
 func serveOnce(ctx context.Context, c Config, o Options, ready func(*Server)) error {
 	s, err := Open(ctx, c, o)
@@ -102,7 +115,7 @@ func serveOnce(ctx context.Context, c Config, o Options, ready func(*Server)) er
 	err = s.Run(ctx, func() { ready(s) })
 	o.Log.Info("patchd is stopping")
 	cerr := s.Close()
-	if errors.Is(err, ErrDeposed) && cerr != nil {
+	if opensAgain(err) && cerr != nil {
 		o.Log.WithError(cerr).Warn("not all was let go of in order")
 		cerr = nil
 	}
@@ -149,15 +162,13 @@ func Open(ctx context.Context, c Config, o Options) (_ *Server, err error) {
 	if err != nil {
 		return nil, err
 	}
-	hostname, err := os.Hostname()
-	if err != nil {
+	if s.hostname, err = os.Hostname(); err != nil {
 		return nil, err
 	}
-	cert, err := s.state.certificate(hostname)
-	if err != nil {
+	if s.identity, err = s.state.identity(s.hostname); err != nil {
 		return nil, fmt.Errorf("make the TLS certificate: %w", err)
 	}
-	if s.ways, err = openListeners(c, s.state, cert, s.log); err != nil {
+	if s.ways, err = openListeners(c, s.state, s.identity, s.log); err != nil {
 		return nil, err
 	}
 	undo.Push("close listeners", func(context.Context) error { s.ways.close(0); return nil })
@@ -165,7 +176,7 @@ func Open(ctx context.Context, c Config, o Options) (_ *Server, err error) {
 		return nil, err
 	}
 	undo.Push("close store", func(context.Context) error { return s.store.Close() })
-	return s, s.openPool(ctx, hostname, cert)
+	return s, s.openPool(ctx)
 }
 
 // unlock gives the state directory's lock back, unless it is lent.
@@ -235,7 +246,7 @@ func (s *Server) reachStore(ctx context.Context, o store.Options) (*store.Store,
 
 // openPool makes the services and, at the very first start, the pool. Nobody
 // but this host can lead on the embedded database: it does so at once.
-func (s *Server) openPool(ctx context.Context, hostname string, cert tls.Certificate) (err error) {
+func (s *Server) openPool(ctx context.Context) (err error) {
 	if s.hostUUID, err = s.state.hostUUID(); err != nil {
 		return err
 	}
@@ -244,13 +255,9 @@ func (s *Server) openPool(ctx context.Context, hostname string, cert tls.Certifi
 			return fmt.Errorf("become the pool's coordinator: %w", err)
 		}
 	}
-	key, err := publicKey(cert)
-	if err != nil {
-		return err
-	}
 	s.pool, err = pool.Open(ctx, pool.Options{
-		Store: s.store, Log: s.log, Drivers: all.Drivers(), HostUUID: s.hostUUID, Hostname: hostname,
-		Address: s.address(), Key: key, URL: s.url(),
+		Store: s.store, Log: s.log, Drivers: all.Drivers(), HostUUID: s.hostUUID, Hostname: s.hostname,
+		Address: s.address(), Key: s.identity.SPKI(), URL: s.url(),
 		PatchDir: s.config.PatchDir, OwnDirs: s.ownDirs(), KeepFree: s.state.keepFree(s.dom0), Version: s.version,
 		Dom0: s.dom0, MountDir: s.state.path("mnt"),
 	})
@@ -270,13 +277,17 @@ func (s *Server) openPool(ctx context.Context, hostname string, cert tls.Certifi
 	if err != nil {
 		return err
 	}
+	if err := s.openLink(ctx); err != nil {
+		return err
+	}
+	coordinator, storage := s.agentServes()
 	s.agent = agent.New(agent.Options{
-		Coordinator: s.pool, Storage: s.pool, Dom0: s.dom0, Log: s.log,
+		Coordinator: coordinator, Storage: storage, Dom0: s.dom0, Log: s.log,
 		Self: s.pool.Self, SelfUUID: s.pool.SelfUUID, PoolUUID: s.pool.PoolUUID,
 		JobsDir: s.state.path("jobs"), PatchDir: s.config.PatchDir, KeysDir: s.keysDir(), Pinned: s.config.PinnedSHA256,
 		Attested: s.attested(),
 		Runner:   s.runner, MaxCleartext: s.config.MaxCleartext, Layout: s.layout, KeepFree: s.state.keepFree(s.dom0),
-		KeepQueued: s.config.Store != "",
+		KeepQueued: s.config.Store != "" || s.member != nil,
 		Timeouts: agent.Timeouts{
 			Precheck: time.Duration(s.config.PrecheckTimeout), Apply: time.Duration(s.config.ApplyTimeout),
 			Grace: time.Duration(s.config.GraceTimeout),
@@ -303,13 +314,14 @@ func (s *Server) Addresses() (plain, tls net.Addr) { return s.ways.Addr, s.ways.
 func (s *Server) Run(ctx context.Context, ready func()) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	s.reopen = cancel
 	if err := s.repairHost(ctx); err != nil {
 		return fmt.Errorf("repair at start: %w", err)
 	}
 	boundMemory()
 	var wg sync.WaitGroup
 	serving := func() {
-		wg.Go(func() { cancel(s.agent.Run(ctx)) })
+		wg.Go(func() { cancel(s.runAgent(ctx)) })
 		wg.Go(func() { s.every(ctx, housekeepingEvery, "housekeeping of the host", s.keepHost) })
 		wg.Go(func() { s.every(ctx, sweepEvery, "the sweep", s.pool.Sweep) })
 		wg.Go(func() { s.every(ctx, replugEvery, "plugging SRs that were away", s.pool.ReplugFailed) })
@@ -333,6 +345,9 @@ func (s *Server) Run(ctx context.Context, ready func()) error {
 // play takes the roles of this host one after another. serving is called once,
 // when calls are answered.
 func (s *Server) play(ctx context.Context, serving func()) error {
+	if s.member != nil {
+		return s.serveMember(ctx, serving)
+	}
 	if s.leader == nil {
 		if err := s.stand(ctx, serving); err != nil {
 			return err
@@ -372,6 +387,15 @@ func (s *Server) repairHost(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if s.member != nil {
+		return nil // its jobs are the coordinator's: see runAgent
+	}
+	return s.recoverJobs(ctx)
+}
+
+// recoverJobs settles the jobs of an earlier process of this host, and compares
+// stampfiles with records.
+func (s *Server) recoverJobs(ctx context.Context) error {
 	if err := s.agent.Recover(ctx); err != nil {
 		// A job that cannot be settled now is tried again at the next start;
 		// it must not keep an admin from the pool.

@@ -5,8 +5,10 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"sync"
 	"time"
 
+	"github.com/patchd/patchd/pkg/link"
 	"github.com/patchd/patchd/pkg/pool"
 	"github.com/patchd/patchd/pkg/store"
 	"github.com/patchd/patchd/pkg/upload"
@@ -17,6 +19,7 @@ import (
 const (
 	roleCoordinator = "coordinator"
 	roleStandby     = "standby"
+	roleMember      = "member"
 )
 
 // campaignPause is how long a candidate waits when the cluster fails it.
@@ -34,6 +37,11 @@ func (s *Server) stand(ctx context.Context, serving func()) error {
 	s.ways.setHandler(handler)
 	s.log.Info("this host stands by")
 	serving()
+	standing, stop := context.WithCancel(ctx)
+	var linked sync.WaitGroup
+	linked.Go(func() { s.keepLink(standing) })
+	defer linked.Wait()
+	defer stop()
 	for {
 		s.leader, err = s.store.Campaign(ctx, string(s.hostUUID))
 		if err == nil {
@@ -57,6 +65,9 @@ func (s *Server) stand(ctx context.Context, serving func()) error {
 func (s *Server) coordinator() (address string, here bool) {
 	if l := s.leads.Load(); l != nil {
 		return "", l.Held()
+	}
+	if s.member != nil {
+		return addressOf(s.leadingPeer().URL), false
 	}
 	_, h, ok := s.leadingHost()
 	if !ok || h.UUID == s.hostUUID {
@@ -85,6 +96,9 @@ func (s *Server) role() map[string]string {
 	if s.leads.Load() != nil {
 		role["role"] = roleCoordinator
 	}
+	if s.member != nil {
+		return s.memberRole(role)
+	}
 	if _, h, ok := s.leadingHost(); ok {
 		role["coordinator"], role["coordinator_name"], role["coordinator_address"] = string(h.UUID), h.NameLabel, h.Address
 	}
@@ -94,19 +108,25 @@ func (s *Server) role() map[string]string {
 // redirect is where the coordinator answers a request that came here, as a URL
 // without a path.
 func (s *Server) redirect(r *http.Request) (base string, ok bool) {
-	_, h, ok := s.leadingHost()
-	if !ok || h.UUID == s.hostUUID {
+	address, url := "", ""
+	if s.member != nil {
+		url = s.leadingPeer().URL
+		address = addressOf(url)
+	} else if _, h, ok := s.leadingHost(); ok && h.UUID != s.hostUUID {
+		address, url = h.Address, h.URL
+	}
+	if address == "" {
 		return "", false
 	}
 	local, _ := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
 	if _, tcp := local.(*net.TCPAddr); !tcp {
-		return h.URL, h.URL != "" // the unix socket
+		return url, url != "" // the unix socket
 	}
 	scheme := "http"
 	if r.TLS != nil {
 		scheme = "https"
 	}
-	return onHost(scheme, local, h.Address)
+	return onHost(scheme, local, address)
 }
 
 // standbyRoutes binds the wire of a host that stands by.
@@ -115,6 +135,10 @@ func (s *Server) standbyRoutes() (http.Handler, error) {
 	if err != nil {
 		return nil, err
 	}
+	r.Handle(linkPath, link.NotLeading(func() (pool.Peer, bool) {
+		p := s.leadingPeer()
+		return p, p.URL != ""
+	}))
 	upload.Redirect(r, s.redirect)
 	api.Routes(r)
 	return r, nil
@@ -131,6 +155,6 @@ func (s *Server) healthz(w http.ResponseWriter, _ *http.Request) {
 	case s.leads.Load() != nil:
 		http.Error(w, "the pool database does not answer", http.StatusServiceUnavailable)
 	default:
-		fmt.Fprintf(w, "ok\nrole: %s\ncoordinator: %s\n", roleStandby, address)
+		fmt.Fprintf(w, "ok\nrole: %s\ncoordinator: %s\n", s.role()["role"], address)
 	}
 }
