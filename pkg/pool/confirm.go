@@ -78,8 +78,8 @@ func (p *Pool) Confirm(ctx context.Context, patch xapi.Ref) error {
 		}
 		err = p.confirm(ctx, patch)
 	}
-	if err == nil || xapi.Is(err, xapi.HandleInvalid) {
-		return err
+	if err == nil {
+		return nil
 	}
 	if ctx.Err() != nil && !xapi.Is(context.Cause(ctx), xapi.TaskCancelled) {
 		return err

@@ -195,6 +195,11 @@ func groupPrefix(stateDir string) string {
 }
 
 func (s *Server) openStore(ctx context.Context, full bool) error {
+	if s.config.Store == "" {
+		if err := s.state.assertNotMoved(); err != nil {
+			return err
+		}
+	}
 	indexes := append(pool.Indexes(), task.Indexes()...)
 	indexes = append(indexes, session.Indexes()...)
 	o := storeOptions(s.config, s.state, s.log)
