@@ -190,7 +190,7 @@ func (p *Pool) finishEject(ctx context.Context, host xapi.Ref) error {
 		return err
 	}
 	p.Log.WithField("host", name.UUID).WithField("name", name.NameLabel).Info("a host was ejected from the pool")
-	return p.settlePools(ctx)
+	return p.SettlePoolApplied(ctx)
 }
 
 // endJobs ends the open jobs of a host that will not report any more.

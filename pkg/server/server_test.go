@@ -137,7 +137,12 @@ func TestResume(t *testing.T) {
 	}
 	err = s.store.Update(ctx, func(tx *store.Tx) error {
 		tx.Put(pool.ClassPatch, patch, pool.Patch{UUID: xapi.NewUUID(), NameLabel: "p", VDI: xapi.NullRef, AfterApplyGuidance: []xapi.Guidance{}})
-		tx.Put(pool.ClassRun, run, pool.Run{UUID: xapi.NewUUID(), Patch: patch, Task: xapi.NewRef(), Hosts: []xapi.Ref{s.pool.Self}})
+		of := xapi.NewUUID()
+		tx.Put(pool.ClassRun, run, pool.Run{
+			UUID: of, Patch: patch, Task: xapi.NewRef(), State: pool.RunRunning, Classic: true, Waves: []string{"all"}, Total: 1,
+			Policy: pool.Policy{AtOnce: 1, StopAfter: 1},
+		})
+		tx.Put(pool.ClassRunHost, xapi.NewRef(), pool.RunHost{Run: of, Host: s.pool.Self, State: pool.HostReady})
 		tx.Put(pool.ClassJob, xapi.NewRef(), pool.Job{
 			UUID: xapi.NewUUID(), Kind: pool.JobPrecheck, Patch: patch, Host: s.pool.Self, Task: owner, State: pool.JobDone, Output: "fine", Finished: time.Now(),
 		})
@@ -149,7 +154,10 @@ func TestResume(t *testing.T) {
 	stop()
 	s, stop = running(t, c)
 	defer stop()
-	err = s.store.Until(ctx, func(v *store.View) (bool, error) { return v.Count(pool.ClassRun) == 0, nil })
+	err = s.store.Until(ctx, func(v *store.View) (bool, error) {
+		rec, err := store.Get[pool.Run](v, pool.ClassRun, run)
+		return rec.State.Ended(), err
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
