@@ -295,6 +295,8 @@ func (p *fakePool) HostRevoke(_ context.Context, host xapi.Ref) error {
 func (p *fakePool) HostStates(context.Context) ([]pool.HostInfo, error) {
 	p.note("HostStates")
 	return []pool.HostInfo{{Ref: made, NameLabel: "host", Rank: pool.RankMember}}, nil
+}
+
 func (p *fakePool) RunStart(_ context.Context, patch xapi.Ref, policy pool.Policy) (xapi.UUID, error) {
 	p.note("RunStart", patch, policy.AtOnce)
 	return "11111111-2222-4333-8444-555555555555", nil
