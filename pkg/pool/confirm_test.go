@@ -88,14 +88,29 @@ func TestASharedSRIsEnoughCopies(t *testing.T) {
 func TestFewerHostsThanCopies(t *testing.T) {
 	r := newRig(t)
 	sr := r.sr(r.memorySpec("m"))
-	_, patch := r.unconfirmed(sr, 3)
+	vdi, patch := r.unconfirmed(sr, 3)
 	r.StageOn = func(context.Context, xapi.Ref, xapi.Ref) error { return errors.New("nobody is there") }
 	r.must(r.Confirm(t.Context(), patch))
+	r.must(r.VDIDestroy(t.Context(), vdi))
 
+	// A host that is not connected is waited for until it is known to be away.
 	host, _ := r.otherHost()
-	r.Connected = func(h xapi.Ref) bool { return h != host }
-	_, patch = r.unconfirmed(sr, 3)
-	r.must(r.Confirm(t.Context(), patch))
+	asked := make(chan bool, 100)
+	r.Connected = func(h xapi.Ref) bool { asked <- true; return h != host }
+	vdi, patch = r.unconfirmed(sr, 3)
+	done := make(chan error, 1)
+	go func() { done <- r.Confirm(t.Context(), patch) }()
+	<-asked
+	<-asked
+	r.wantCode("while it may come", r.PatchConfirmed(patch), xapi.OtherOperationInProgress)
+	r.must(r.Store.Update(t.Context(), func(tx *store.Tx) error {
+		rec, err := store.Read[Host](tx, ClassHost, host)
+		rec.Away = r.Now()
+		tx.Put(ClassHost, host, rec)
+		return err
+	}))
+	r.must(<-done)
+	r.must(r.VDIDestroy(t.Context(), vdi))
 	r.Connected, r.StageOn = nil, nil
 	_, patch = r.unconfirmed(sr, 3)
 	r.must(r.Confirm(t.Context(), patch))

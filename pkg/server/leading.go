@@ -196,6 +196,9 @@ func (s *Server) resumeUploads(ctx context.Context, owned map[xapi.Ref]bool) err
 		return err
 	}
 	for patch, ref := range patches {
+		if rec, err := s.tasks.Get(ref); err == nil && rec.Status.Finished() {
+			ref = xapi.NewRef() // it failed, and could not be undone then
+		}
 		owned[ref] = true
 		err := s.takeUp(ctx, ref, func(ctx context.Context) (string, error) { return string(patch), s.pool.Confirm(ctx, patch) })
 		if err != nil {

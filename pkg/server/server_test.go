@@ -135,7 +135,13 @@ func TestResume(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	half := xapi.NewRef()
+	uploader, err := s.tasks.Create(ctx, task.Spec{Label: "of an upload that is not confirmed"})
+	if err != nil {
+		t.Fatal(err)
+	}
 	err = s.store.Update(ctx, func(tx *store.Tx) error {
+		tx.Put(pool.ClassPatch, half, pool.Patch{UUID: xapi.NewUUID(), VDI: xapi.NullRef, Unconfirmed: &pool.Unconfirmed{Task: uploader, Since: time.Now()}})
 		tx.Put(pool.ClassPatch, patch, pool.Patch{UUID: xapi.NewUUID(), NameLabel: "p", VDI: xapi.NullRef, AfterApplyGuidance: []xapi.Guidance{}})
 		of := xapi.NewUUID()
 		tx.Put(pool.ClassRun, run, pool.Run{
@@ -161,10 +167,13 @@ func TestResume(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for ref, want := range map[xapi.Ref]task.Status{lost: task.Failure, owner: task.Success} {
+	for ref, want := range map[xapi.Ref]task.Status{lost: task.Failure, owner: task.Success, uploader: task.Failure} {
 		if rec, err := s.tasks.Wait(ctx, ref); err != nil || rec.Status != want {
 			t.Errorf("%+v %v", rec, err)
 		}
+	}
+	if err := s.pool.PatchConfirmed(half); !xapi.Is(err, xapi.HandleInvalid) {
+		t.Error("an upload whose image is gone is confirmed")
 	}
 	var goesOn []xapi.Ref
 	s.store.View(func(v *store.View) error {
