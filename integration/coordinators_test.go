@@ -3,6 +3,7 @@ package integration
 import (
 	"errors"
 	"fmt"
+	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -258,4 +259,53 @@ func TestC4_APausedLeaderWritesNothing(t *testing.T) {
 		t.Errorf("%d writes were acknowledged, %d are there", acked, n)
 	}
 	s.MustUpload(&lab.Patch{})
+}
+
+// The database moves to a cluster, is backed up while it is in use, and comes
+// back from the backup; each time it is another one to whoever follows events.
+func TestC4_TheDatabaseMoves(t *testing.T) {
+	etcd := lab.StartEtcd(t, 3)
+	h := lab.Start(t, lab.Options{})
+	s := h.Root()
+	p := &lab.Patch{}
+	s.MustUpload(p)
+	token := s.Call("event.from", []string{"pool"}, "", 1.0).(map[string]any)["token"].(string)
+	h.Down()
+	cli := func(args ...string) {
+		t.Helper()
+		if out, stderr, code := h.CLI(args...); code != 0 {
+			t.Fatalf("%v: %d %s %s", args, code, out, stderr)
+		}
+	}
+	cli("store", "migrate", etcd.URL("moved"))
+	h.Launch()
+	<-h.Exited()
+	if !strings.Contains(h.Log(), "the pool database was moved to "+etcd.URL("moved")) {
+		t.Error("a daemon starts on a database that was moved")
+	}
+
+	there := lab.Prepare(t, lab.Options{Dir: filepath.Dir(h.StateDir), Flags: []string{"--store", etcd.URL("moved")}})
+	follow := func(token string) string {
+		t.Helper()
+		there.Up()
+		c := &coordinators{t: t, hosts: []*lab.Host{there}}
+		_, s, _ := c.leader()
+		s.One("host")
+		if _, rec := s.One("pool_patch"); rec["uuid"] != string(p.UUID) {
+			t.Errorf("another patch is there: %v", rec)
+		}
+		_, err := s.Try("event.from", []string{"pool"}, token, 1.0)
+		hasCode(t, err, xapi.EventsLost)
+		return s.Call("event.from", []string{"pool"}, "", 1.0).(map[string]any)["token"].(string)
+	}
+	token = follow(token)
+	file := filepath.Join(t.TempDir(), "backup")
+	cli("store", "backup", file, "--store", etcd.URL("moved"))
+	if _, stderr, code := h.CLI("store", "restore", file, "--store", etcd.URL("moved")); code != 1 || !strings.Contains(stderr, "empty") {
+		t.Errorf("restored over what is there: %d %s", code, stderr)
+	}
+	there.Down()
+	cli("store", "restore", file, "--store", etcd.URL("restored"))
+	there.SetFlags("--store", etcd.URL("restored"))
+	follow(token)
 }

@@ -20,7 +20,7 @@ func newHost(g *global) *cobra.Command {
 	cmd.AddCommand(
 		newHostList(g),
 		showCommand(g, "host", "show one host"),
-		newHostRevoke(g),
+		newHostRevoke(g), newHostExempt(g), newHostResync(g),
 	)
 	return cmd
 }
@@ -87,7 +87,7 @@ func newPool(g *global) *cobra.Command {
 	cmd := &cobra.Command{Use: "pool", Short: "the pool"}
 	status := newStatus(g)
 	status.Short = "show the pool, its coordinator and its default SR"
-	cmd.AddCommand(status, newPoolToken(g), newPoolJoin(g), newPoolEject(g), newPoolLeave(g), newPoolRotateKey(g))
+	cmd.AddCommand(status, newPoolToken(g), newPoolJoin(g), newPoolEject(g), newPoolLeave(g), newPoolRotateKey(g), newCompliance(g))
 	return cmd
 }
 

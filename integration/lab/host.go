@@ -191,6 +191,9 @@ func (h *Host) Distrust(k *Key) {
 	}
 }
 
+// SetFlags replaces the further flags of serve, for the next start.
+func (h *Host) SetFlags(flags ...string) { h.o.Flags = flags }
+
 // Launch starts the daemon and does not wait for it. env adds variables for
 // this start only.
 func (h *Host) Launch(env ...string) {

@@ -12,9 +12,9 @@ import (
 	"github.com/patchd/patchd/pkg/xapi"
 )
 
-// maxAnswers is how many answers may wait for a host to take them. It cannot be
-// reached by one that waits for its answers.
-const maxAnswers = 4 * atOnce
+// maxAnswers is how many answers may wait for a host to take them before it is
+// read from again.
+const maxAnswers = 2 * atOnce
 
 // hostLink is the hub's end of one link. One goroutine reads; another one
 // writes, and is only there while there is something to write.
@@ -28,6 +28,7 @@ type hostLink struct {
 	stop    context.CancelFunc
 
 	mu      sync.Mutex
+	taken   sync.Cond // answers were taken, or the link has ended
 	answers []message
 	orders  bool // some are to be sent
 	writing bool // flush runs
@@ -49,6 +50,7 @@ func (l *hostLink) end(why string) {
 	}
 	l.stop()
 	l.wire.cut()
+	l.taken.Broadcast()
 }
 
 // run is the life of the link.
@@ -185,6 +187,7 @@ func (l *hostLink) begin(line []byte, release func(), ask *rate.Limiter, slots c
 	if err := ask.Wait(l.ctx); err != nil {
 		return err
 	}
+	l.drained()
 	if m.Method == methodBeat {
 		l.answer(message{ID: m.ID})
 		return nil
@@ -204,6 +207,15 @@ func (l *hostLink) begin(line []byte, release func(), ask *rate.Limiter, slots c
 		l.request(m)
 	})
 	return nil
+}
+
+// drained waits until the host has taken most of its answers, or the link ends.
+func (l *hostLink) drained() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for len(l.answers) >= maxAnswers && l.ctx.Err() == nil {
+		l.taken.Wait()
+	}
 }
 
 // request carries out one request and answers it.
@@ -229,10 +241,6 @@ func (l *hostLink) request(m message) {
 func (l *hostLink) answer(m message) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if len(l.answers) >= maxAnswers {
-		l.end("it takes no answers")
-		return
-	}
 	l.answers = append(l.answers, m)
 	l.kick()
 }
@@ -261,6 +269,7 @@ func (l *hostLink) flush() {
 		l.mu.Lock()
 		answers, orders := l.answers, l.orders
 		l.answers, l.orders = nil, false
+		l.taken.Broadcast()
 		if len(answers) == 0 && !orders {
 			l.writing = false
 			l.mu.Unlock()

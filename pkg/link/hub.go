@@ -244,7 +244,7 @@ func (h *Hub) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	l := &hostLink{hub: h, caller: c, wire: newWire(conn, rw.Reader, &h.times), since: h.o.Now()}
-	l.wire.big = h.big
+	l.wire.big, l.taken.L = h.big, &l.mu
 	l.ctx, l.stop = context.WithCancel(h.ctx)
 	if !h.begin(l.run) {
 		l.cut("the coordinator ends")

@@ -36,13 +36,14 @@ type times struct {
 	write    time.Duration // for the other side to take the next part of a line
 	line     time.Duration // for the rest of a long line
 	grace    time.Duration // after which a host that is not connected is away
+	gather   time.Duration // for which such changes are gathered before they are stored
 	retry    time.Duration // the first pause before a host dials again
 	maxRetry time.Duration
 }
 
 var defaultTimes = times{
 	beat: 30 * time.Second, busyBeat: 5 * time.Second, answer: 10 * time.Second, silence: 75 * time.Second,
-	hello: 10 * time.Second, write: 10 * time.Second, line: time.Minute, grace: 45 * time.Second,
+	hello: 10 * time.Second, write: 10 * time.Second, line: time.Minute, grace: 45 * time.Second, gather: time.Second,
 	retry: 200 * time.Millisecond, maxRetry: 5 * time.Second,
 }
 

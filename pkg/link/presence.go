@@ -71,6 +71,11 @@ func (h *Hub) minder(ctx context.Context) {
 		case <-h.wake:
 		case <-timer.C:
 		}
+		select { // so that many who leave together are stored together
+		case <-ctx.Done():
+			return
+		case <-time.After(h.times.gather):
+		}
 		pause, err := h.storePresence(ctx)
 		if err != nil && ctx.Err() == nil {
 			h.o.Log.WithError(err).Errorf("who is away could not be stored; it is tried again in %s", awayAgain)

@@ -29,7 +29,7 @@ import (
 // quickTimes are short enough for tests and long enough for a busy machine.
 var quickTimes = times{
 	beat: 10 * time.Second, busyBeat: 5 * time.Second, answer: 5 * time.Second, silence: 20 * time.Second,
-	hello: 5 * time.Second, write: 5 * time.Second, line: 10 * time.Second, grace: time.Hour,
+	hello: 5 * time.Second, write: 5 * time.Second, line: 10 * time.Second, grace: time.Hour, gather: 20 * time.Millisecond,
 	retry: 10 * time.Millisecond, maxRetry: 50 * time.Millisecond,
 }
 
@@ -253,7 +253,7 @@ func (r *rig) poolRef() (ref xapi.Ref) {
 func (r *rig) revoke(pin string) {
 	r.t.Helper()
 	change(r, pool.ClassPool, r.poolRef(), func(p *pool.PoolRecord) {
-		p.Revoked = append(p.Revoked, pool.RevokedKey{Pin: pin, Until: time.Now().Add(pool.RevokedKeep)})
+		p.Revoked = append(p.Revoked, pool.RevokedKey{Pin: pin, Until: time.Now().Add(24 * time.Hour)})
 	})
 }
 

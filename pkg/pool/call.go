@@ -152,6 +152,7 @@ func init() {
 			}
 			return err
 		}),
+		"Resync":    obeying(true, func(ctx context.Context, p *Pool, _ struct{}) error { return p.Local.ResyncStamps(ctx) }),
 		"VDIUpdate": obeying(true, func(ctx context.Context, p *Pool, vdi xapi.Ref) error { return p.VDIUpdate(ctx, vdi) }),
 		"VDIRepair": obeying(true, func(ctx context.Context, p *Pool, vdi xapi.Ref) error { return p.VDIRepair(ctx, vdi) }),
 	}

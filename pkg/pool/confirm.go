@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/patchd/patchd/pkg/store"
@@ -78,8 +79,8 @@ func (p *Pool) Confirm(ctx context.Context, patch xapi.Ref) error {
 		}
 		err = p.confirm(ctx, patch)
 	}
-	if err == nil || xapi.Is(err, xapi.HandleInvalid) {
-		return err
+	if err == nil {
+		return nil
 	}
 	if ctx.Err() != nil && !xapi.Is(context.Cause(ctx), xapi.TaskCancelled) {
 		return err
@@ -105,41 +106,52 @@ func (p *Pool) confirm(ctx context.Context, patch xapi.Ref) error {
 }
 
 // spread brings the image of a patch to as many hosts as must have it. note
-// tells why fewer do where no more can.
+// tells why fewer do where no more can. A host that is not connected just now
+// and not known to be away is waited for: it may be about to come to a new leader.
 func (p *Pool) spread(ctx context.Context, patch xapi.Ref, rec Patch) (note string, err error) {
 	limit, cancel := context.WithTimeout(ctx, p.CopiesTimeout)
 	defer cancel()
 	var refused []error
 	for tried := map[xapi.Ref]bool{}; ; {
-		have, rest, err := p.copiesOf(rec)
+		c, err := p.copiesOf(rec)
 		if err != nil {
 			return "", err
 		}
-		want := min(p.Copies, len(have)+len(rest))
-		if len(have) >= want {
-			return fewer(len(have), p.Copies, "no other host is there"), nil
+		want := min(p.Copies, len(c.have)+len(c.ready)+len(c.expected))
+		if len(c.have) >= want {
+			return fewer(len(c.have), p.Copies, "no other host is there"), nil
 		}
 		if p.StageOn == nil {
-			return fewer(len(have), p.Copies, "no other host can be asked to take it"), nil
+			return fewer(len(c.have), p.Copies, "no other host can be asked to take it"), nil
 		}
-		next := xapi.Ref("")
-		for _, host := range rest {
-			if !tried[host] {
-				next = host
-				break
+		i := slices.IndexFunc(c.ready, func(h xapi.Ref) bool { return !tried[h] })
+		if limit.Err() != nil || i < 0 && len(c.expected) == 0 {
+			return "", tooFew(len(c.have), want, refused)
+		}
+		if i < 0 {
+			pause(limit, expectEvery)
+		} else {
+			tried[c.ready[i]] = true
+			if err := p.StageOn(limit, patch, c.ready[i]); err != nil {
+				p.Log.WithError(err).WithField("host", p.hostName(c.ready[i])).Warn("a host does not take the image of an upload")
+				refused = append(refused, fmt.Errorf("%s: %w", p.hostName(c.ready[i]), err))
 			}
 		}
-		if next == "" || limit.Err() != nil {
-			return "", tooFew(len(have), want, refused)
+		if ctx.Err() != nil {
+			return "", context.Cause(ctx)
 		}
-		tried[next] = true
-		if err := p.StageOn(limit, patch, next); err != nil {
-			if ctx.Err() != nil {
-				return "", context.Cause(ctx)
-			}
-			p.Log.WithError(err).WithField("host", p.hostName(next)).Warn("a host does not take the image of an upload")
-			refused = append(refused, fmt.Errorf("%s: %w", p.hostName(next), err))
-		}
+	}
+}
+
+// expectEvery is how often it is looked whether a host that is expected is there.
+const expectEvery = 200 * time.Millisecond
+
+func pause(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
 	}
 }
 
@@ -160,11 +172,17 @@ func tooFew(have, want int, why []error) error {
 	return xapi.NewError(xapi.OperationNotAllowed, text).Because(cause)
 }
 
-// copiesOf tells which hosts have an image equal to that of a patch in an SR
-// that they have plugged, and which of the others are there: those that may
-// lead first, each group in database order.
-func (p *Pool) copiesOf(rec Patch) (have map[xapi.Ref]bool, rest []xapi.Ref, err error) {
-	have = map[xapi.Ref]bool{}
+// copies are the hosts as one upload sees them: those that have an image equal
+// to that of the patch in an SR that they have plugged, and of the others those
+// that can be asked to take it, and those that may come. The ones that may lead
+// are first, each group in database order.
+type copies struct {
+	have            map[xapi.Ref]bool
+	ready, expected []xapi.Ref
+}
+
+func (p *Pool) copiesOf(rec Patch) (c copies, err error) {
+	c.have = map[xapi.Ref]bool{}
 	var members []xapi.Ref
 	err = p.Store.View(func(v *store.View) error {
 		golden, err := store.Get[VDI](v, ClassVDI, rec.VDI)
@@ -176,7 +194,7 @@ func (p *Pool) copiesOf(rec Patch) (have map[xapi.Ref]bool, rest []xapi.Ref, err
 			images = v.Refs(ClassVDI, "_map", golden.Map)
 		}
 		for _, ref := range images {
-			if err := hostsWithVDI(v, ref, have); err != nil {
+			if err := hostsWithVDI(v, ref, c.have); err != nil {
 				return err
 			}
 		}
@@ -185,17 +203,22 @@ func (p *Pool) copiesOf(rec Patch) (have map[xapi.Ref]bool, rest []xapi.Ref, err
 			if err := it.Decode(&h); err != nil {
 				return err
 			}
+			here := it.Ref == p.Self || p.Connected == nil || p.Connected(it.Ref)
 			switch {
-			case have[it.Ref] || it.Ref != p.Self && !p.there(it.Ref, h):
+			case c.have[it.Ref]:
+			case !here && h.Away.IsZero():
+				c.expected = append(c.expected, it.Ref)
+			case !here:
 			case h.Coordinator:
-				rest = append(rest, it.Ref)
+				c.ready = append(c.ready, it.Ref)
 			default:
 				members = append(members, it.Ref)
 			}
 		}
 		return nil
 	})
-	return have, append(rest, members...), err
+	c.ready = append(c.ready, members...)
+	return c, err
 }
 
 // hostsWithVDI adds the hosts that have the SR of a good VDI plugged.
@@ -214,11 +237,6 @@ func hostsWithVDI(v *store.View, ref xapi.Ref, have map[xapi.Ref]bool) error {
 		}
 	}
 	return nil
-}
-
-// there tells whether another host can be asked for something now.
-func (p *Pool) there(ref xapi.Ref, h Host) bool {
-	return h.Away.IsZero() && (p.Connected == nil || p.Connected(ref))
 }
 
 // hostName is the name of a host for people.

@@ -149,7 +149,7 @@ func (p *Pool) Admit(ctx context.Context, req JoinRequest, key []byte, byUser bo
 	if err := p.Resync(ctx, req.Ref, req.Stamps); err != nil {
 		return a, fmt.Errorf("compare the stampfiles of host %s: %w", req.Host.UUID, err)
 	}
-	if err := p.settlePools(ctx); err != nil {
+	if err := p.SettlePoolApplied(ctx); err != nil {
 		return a, err
 	}
 	p.Log.WithField("host", req.Host.UUID).WithField("name", req.Host.NameLabel).Info("a host has joined the pool")
@@ -346,27 +346,6 @@ func (p *Pool) mergePatches(ctx context.Context, patches map[xapi.Ref]Patch) (fr
 		}
 	}
 	return fresh, nil
-}
-
-// settlePools makes pool_applied of every patch what it is after hosts came or went.
-func (p *Pool) settlePools(ctx context.Context) error {
-	var all []xapi.Ref
-	err := p.Store.View(func(v *store.View) error {
-		for _, it := range v.List(ClassPatch) {
-			all = append(all, it.Ref)
-		}
-		return nil
-	})
-	if err != nil {
-		return err
-	}
-	for _, ref := range all {
-		err := p.Store.Update(ctx, func(tx *store.Tx) error { return p.refreshPoolApplied(tx, ref, "") })
-		if err != nil && !xapi.Is(err, xapi.HandleInvalid) {
-			return err
-		}
-	}
-	return nil
 }
 
 // describe fills in what a new member is told of the pool.

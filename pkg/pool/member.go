@@ -57,7 +57,7 @@ func (p *Pool) JoinFacts() (req JoinRequest, err error) {
 
 // memberForgets are the classes of which a member keeps nothing.
 var memberForgets = []string{
-	ClassPatch, ClassHostPatch, ClassJob, ClassRun, ClassMessage, ClassJoinToken, task.Class, session.Class, session.ClassUser,
+	ClassPatch, ClassHostPatch, ClassJob, ClassRun, ClassRunHost, ClassMessage, ClassJoinToken, task.Class, session.Class, session.ClassUser,
 }
 
 // BecomeMember makes the store of a pool of one host that of a member of the pool

@@ -70,11 +70,18 @@ type Pool struct {
 	Copies        int
 	CopiesTimeout time.Duration
 	StageOn       func(ctx context.Context, patch, host xapi.Ref) error
+	// Confirmed tells whether enough hosts have the bytes of a patch that a run may
+	// begin with it: nil, or why not; nil itself: every patch is.
+	Confirmed func(patch xapi.Ref) error
+
+	// Tasks are what runs by a policy are driven as; set before the first of them.
+	Tasks RunTasks
 
 	// Also is what Examine looks at beside the records and the storage; may be nil.
 	Also func(ctx context.Context) ([]Finding, error)
 
 	storage Storage
+	runs    runsInHand
 }
 
 // Options says who this host is and where its things lie.
@@ -112,6 +119,8 @@ func Indexes() []store.Index {
 		{Class: ClassPBD, Field: "SR", Parent: ClassSR},
 		{Class: ClassPBD, Field: "host", Parent: ClassHost},
 		{Class: ClassPatch, Field: "VDI"},
+		{Class: ClassRunHost, Field: "run"},
+		{Class: ClassRunHost, Field: "host"},
 		{Class: ClassJob, Field: "host"},
 		{Class: ClassJob, Field: "patch"},
 		{Class: ClassJob, Field: "VDI"},

@@ -117,6 +117,9 @@ func (s *Server) takeOver(ctx context.Context) error {
 	if err := s.tasks.Repair(ctx, func(ref xapi.Ref) bool { return owned[ref] || uploads[ref] || s.pool.OwnsTask(ref) }); err != nil {
 		return err
 	}
+	if err := s.pool.SettlePoolApplied(ctx); err != nil {
+		return err
+	}
 	return s.pool.ImportPatchDir(ctx)
 }
 
@@ -144,11 +147,15 @@ func randomPassword() string { return string(xapi.NewUUID()) }
 // jobs, also those that ended while nobody could tell their task.
 func (s *Server) resume(ctx context.Context) (map[xapi.Ref]bool, error) {
 	owned := map[xapi.Ref]bool{}
-	refs, runs, err := s.pool.OpenRuns()
+	refs, runs, err := s.pool.Runs()
 	if err != nil {
 		return nil, err
 	}
 	for i, run := range runs {
+		// One that has ended has its say when its task does not know of it yet.
+		if task, err := s.tasks.Get(run.Task); run.State.Ended() && (err != nil || task.Status.Finished()) {
+			continue
+		}
 		owned[run.Task] = true
 		err := s.takeUp(ctx, run.Task, func(ctx context.Context) (string, error) {
 			return "", s.pool.ContinueRun(pool.Resuming(ctx), refs[i])
@@ -189,6 +196,9 @@ func (s *Server) resumeUploads(ctx context.Context, owned map[xapi.Ref]bool) err
 		return err
 	}
 	for patch, ref := range patches {
+		if rec, err := s.tasks.Get(ref); err == nil && rec.Status.Finished() {
+			ref = xapi.NewRef() // it failed, and could not be undone then
+		}
 		owned[ref] = true
 		err := s.takeUp(ctx, ref, func(ctx context.Context) (string, error) { return string(patch), s.pool.Confirm(ctx, patch) })
 		if err != nil {
@@ -227,5 +237,5 @@ func (s *Server) takeUp(ctx context.Context, ref xapi.Ref, f func(context.Contex
 
 // keepHouse is the housekeeping of the pool.
 func (s *Server) keepHouse(ctx context.Context) error {
-	return errors.Join(s.tasks.GC(ctx), s.pool.CollectJobs(ctx), s.sessions.GC(ctx))
+	return errors.Join(s.tasks.GC(ctx), s.pool.CollectJobs(ctx), s.pool.CollectRuns(ctx), s.sessions.GC(ctx))
 }

@@ -195,6 +195,11 @@ func groupPrefix(stateDir string) string {
 }
 
 func (s *Server) openStore(ctx context.Context, full bool) error {
+	if s.config.Store == "" {
+		if err := s.state.assertNotMoved(); err != nil {
+			return err
+		}
+	}
 	indexes := append(pool.Indexes(), task.Indexes()...)
 	indexes = append(indexes, session.Indexes()...)
 	o := storeOptions(s.config, s.state, s.log)
@@ -288,7 +293,8 @@ func (s *Server) openPool(ctx context.Context) (err error) {
 			Grace: time.Duration(s.config.GraceTimeout),
 		},
 	})
-	s.pool.Local, s.pool.Also = s.agent, s.examine
+	s.pool.Local, s.pool.Also, s.pool.Tasks = s.agent, s.examine, s.tasks
+	s.pool.Confirmed = s.pool.PatchConfirmed
 	return os.MkdirAll(s.keysDir(), 0o755)
 }
 
@@ -432,7 +438,11 @@ func (s *Server) every(ctx context.Context, pause time.Duration, what string, f 
 func (s *Server) keepHost(context.Context) error {
 	boundMemory()
 	_, err := s.state.useReserve(s.dom0, s.log)
-	return errors.Join(s.forgetAttested(), err)
+	renewed, kerr := s.identity.Renew(time.Now())
+	if renewed {
+		s.log.Info("this host has a new certificate for its key")
+	}
+	return errors.Join(s.forgetAttested(), kerr, err)
 }
 
 // Close ends everything; runners go on.

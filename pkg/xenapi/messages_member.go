@@ -14,7 +14,7 @@ import (
 type MemberPool interface {
 	HostEject(ctx context.Context, host xapi.Ref, force bool) error
 	HostRevoke(ctx context.Context, host xapi.Ref) error
-	HostStates(ctx context.Context) ([]pool.HostState, error)
+	HostStates(ctx context.Context) ([]pool.HostInfo, error)
 }
 
 // Members is what this process can do about its own place in a pool; see

@@ -16,6 +16,7 @@ type Pool interface {
 	VerifyPool
 	RoomPool
 	MemberPool
+	RunPool
 	MessageCreate(ctx context.Context, name string, priority int64, cls string, object xapi.UUID, body string) (xapi.Ref, error)
 	MessageDestroy(ctx context.Context, message xapi.Ref) error
 }

@@ -8,8 +8,8 @@ import (
 	"github.com/patchd/patchd/pkg/xapi"
 )
 
-// HostState is one host as the coordinator sees it now.
-type HostState struct {
+// HostInfo is one host as the coordinator sees it now.
+type HostInfo struct {
 	Ref       xapi.Ref
 	UUID      xapi.UUID
 	NameLabel string
@@ -25,14 +25,14 @@ type HostState struct {
 }
 
 // HostStates tells of every host, oldest first.
-func (p *Pool) HostStates(context.Context) (out []HostState, err error) {
+func (p *Pool) HostStates(context.Context) (out []HostInfo, err error) {
 	err = p.Store.View(func(v *store.View) error {
 		for _, it := range v.List(ClassHost) {
 			var h Host
 			if err := it.Decode(&h); err != nil {
 				return err
 			}
-			s := HostState{
+			s := HostInfo{
 				Ref: it.Ref, UUID: h.UUID, NameLabel: h.NameLabel, Address: h.Address, Rank: RankMember,
 				Version: h.SoftwareVersion["patchd"], Connected: true,
 			}
