@@ -31,7 +31,11 @@ type runHost struct {
 func startRun(h *lab.Host, w *lab.Work, flags ...string) string {
 	h.T.Helper()
 	out := h.Must(append([]string{"patch", "pool-apply", string(w.UUID), "--detach"}, flags...)...)
-	return strings.TrimSpace(out)
+	words := strings.Fields(out) // begun: run UUID
+	if len(words) == 0 {
+		h.T.Fatalf("pool-apply says %q", out)
+	}
+	return words[len(words)-1]
 }
 
 // showRun gives a run, its hosts in their order.

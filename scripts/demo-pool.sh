@@ -35,8 +35,7 @@ tell() {
 cleanup() {
 	status=$?
 	trap - EXIT
-	for pid in "${pids[@]}"; do kill "$pid" 2>/dev/null || true; done
-	for pid in "${pids[@]}"; do wait "$pid" 2>/dev/null || true; done
+	for name in host4 host3 host2 host1 etcd1 etcd2 etcd3; do stop "$name" 2>/dev/null || true; done
 	gpgconf --kill all 2>/dev/null || true
 	if [ "$status" -ne 0 ]; then
 		echo "the demo failed; the hosts said:" >&2
@@ -46,6 +45,9 @@ cleanup() {
 	exit "$status"
 }
 trap cleanup EXIT
+
+# stop ends what was started under a name.
+stop() { kill "${pids[$1]}" && wait "${pids[$1]}"; }
 
 # await waits until a command succeeds, for 30 s.
 await() {
@@ -68,13 +70,13 @@ up_host() {
 	local host=$1
 	shift
 	mkdir -p "$work/$host"
-	PATCHD_ROOT_PASSWORD=demo "$patchd" serve --state-dir "$work/$host/state" --patch-dir "$work/$host/patches" \
+	PATCHD_ROOT_PASSWORD=demo unshare --uts -- sh -c 'hostname "$0" && exec "$@"' "$host" \
+		"$patchd" serve --state-dir "$work/$host/state" --patch-dir "$work/$host/patches" \
 		--listen "$net.${host#host}:8080" --tls-listen "$net.${host#host}:8443" "$@" 2>>"$work/$host/log" &
 	pids[$host]=$!
 }
 
-# leads tells whether a host is the coordinator; leader finds the one that is.
-leads() { on "$1" pool status --output json 2>/dev/null && on "$1" host list >/dev/null 2>&1; }
+# leader finds the host that leads, when there is one.
 leader() {
 	for _ in $(seq 300); do
 		for host in host1 host2 host3; do
@@ -117,6 +119,7 @@ cat >"$work/slow/info.toml" <<-EOF
 	name-label = "slow"
 	name-description = "takes its time on each host"
 	version = "1.0"
+	after-apply-guidance = []
 EOF
 printf '#!/bin/sh\nexit 0\n' >"$work/slow/precheck"
 cat >"$work/slow/apply" <<-EOF
@@ -133,12 +136,11 @@ patch=$(tail -n 1 "$work/out")
 echo "(the upload ended when a second host had the bytes, too)"
 
 say "One canary, then one host after the other"
-tell "$first" patch pool-apply "$patch" --canary 1 --at-once 1 --dry-run
-tell "$first" patch pool-apply "$patch" --canary 1 --at-once 1 --detach | tee "$work/out"
-run=$(tail -n 1 "$work/out")
+tell "$first" patch pool-apply "$patch" --canary 1 --at-once 1 --coordinator last --wait-away 5m --dry-run
+tell "$first" patch pool-apply "$patch" --canary 1 --at-once 1 --coordinator last --wait-away 5m --detach | tee "$work/out"
+run=$(awk 'END { print $NF }' "$work/out")
 tell "$first" run watch "$run" &
 watcher=$!
-await test "$(effects)" -ge 1 || true
 until [ "$(effects)" -ge 1 ]; do sleep 0.1; done
 sleep 1
 say "The coordinator $first is killed while the second host is at work"
@@ -177,8 +179,7 @@ tell "$second" host list
 tell "$second" pool compliance "$patch"
 
 say "Stop"
-for host in host4 host3 host2 host1; do kill "${pids[$host]}" && wait "${pids[$host]}" || true; done
-for i in 1 2 3; do kill "${pids[etcd$i]}" && wait "${pids[etcd$i]}" || true; done
+for name in host4 host3 host2 host1 etcd1 etcd2 etcd3; do stop "$name" || true; done
 pids=()
 if losetup -a 2>/dev/null | grep -q "$work" || grep -q "$work" /proc/self/mountinfo; then
 	echo "a loop device or mount was left behind" >&2
