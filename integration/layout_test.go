@@ -41,6 +41,8 @@ var arrows = map[string][]string{
 	"pkg/delta":                 {"pkg/xapi"},
 	"pkg/pool":                  {"pkg/xapi", "pkg/fault", "pkg/dom0", "pkg/store", "pkg/task", "pkg/event", "pkg/session", "pkg/vdi", "pkg/patch", "pkg/sr"},
 	"pkg/peer":                  {"pkg/xapi", "pkg/fault", "pkg/vdi"},
+	"pkg/trust":                 {"pkg/xapi"},
+	"pkg/link":                  {"pkg/xapi", "pkg/store", "pkg/pool", "pkg/trust"},
 	"pkg/agent":                 {"pkg/xapi", "pkg/fault", "pkg/dom0", "pkg/vdi", "pkg/patch", "pkg/sr", "pkg/pool"},
 	"pkg/upload":                {"pkg/xapi", "pkg/fault", "pkg/dom0", "pkg/delta", "pkg/store", "pkg/task", "pkg/session", "pkg/vdi", "pkg/patch", "pkg/sr", "pkg/pool"},
 	"pkg/xenapi":                {"pkg/xapi", "pkg/store", "pkg/task", "pkg/event", "pkg/session", "pkg/pool"},

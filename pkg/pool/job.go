@@ -459,6 +459,9 @@ func (p *Pool) JobCancel(ctx context.Context, ref xapi.Ref) error {
 
 // JobAlive tells whether a job of that uuid is open: its working data is in use.
 func (p *Pool) JobAlive(id xapi.UUID) bool {
+	if p.Busy != nil && p.Busy(id) {
+		return true
+	}
 	_, job, ok := p.JobByUUID(id)
 	return ok && job.State != JobDone
 }

@@ -57,6 +57,9 @@ type Pool struct {
 	// Connected tells whether a host is there to do something now; nil: every one is.
 	Connected func(host xapi.Ref) bool
 
+	// Busy tells of a job that this host works on and that is in another store; may be nil.
+	Busy func(job xapi.UUID) bool
+
 	// Also is what Examine looks at beside the records and the storage; may be nil.
 	Also func(ctx context.Context) ([]Finding, error)
 

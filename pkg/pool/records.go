@@ -107,6 +107,9 @@ type Host struct {
 	// Away is since when the host is not connected; zero: it is, or nobody has
 	// looked yet. It is stored some time after the fact.
 	Away time.Time `json:"_away,omitzero"`
+	// Leaving tells that the host is being ejected: it is no member any more,
+	// only some of its records are still there.
+	Leaving bool `json:"_leaving,omitempty"`
 }
 
 // HostKey is one public key of a host.
@@ -133,6 +136,18 @@ type PoolRecord struct {
 	WLBVerifyCert        bool              `json:"wlb_verify_cert"`
 	PolicyNoVendorDevice bool              `json:"policy_no_vendor_device"`
 	LivePatchingDisabled bool              `json:"live_patching_disabled"`
+
+	// Revoked are the keys that no host may let in any more.
+	Revoked []RevokedKey `json:"_revoked,omitempty"`
+}
+
+// RevokedKey is a key that was taken from a host, remembered until whatever was
+// issued for it has run out.
+type RevokedKey struct {
+	Pin     string    `json:"pin"` // SHA-256 of the SPKI, hexadecimal
+	Host    xapi.UUID `json:"host"`
+	Ejected bool      `json:"ejected,omitempty"` // with the host as a whole
+	Until   time.Time `json:"until"`
 }
 
 // SR is one storage repository (class SR).

@@ -2,6 +2,7 @@ package pool
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"io"
@@ -28,12 +29,19 @@ type rig struct {
 	t     *testing.T
 	dir   string
 	mem   *memory.Driver
+	uuid  xapi.UUID               // of the host; "": always the same one
 	point func(name string) error // nil: nothing happens
 }
 
 func newRig(t *testing.T) *rig {
 	t.Helper()
-	r := &rig{t: t, dir: t.TempDir(), mem: &memory.Driver{Clones: true}}
+	return newRigOf(t, "")
+}
+
+// newRigOf is a rig of another host.
+func newRigOf(t *testing.T, uuid xapi.UUID) *rig {
+	t.Helper()
+	r := &rig{t: t, dir: t.TempDir(), mem: &memory.Driver{Clones: true}, uuid: uuid}
 	r.open(filepath.Join(r.dir, "db"))
 	return r
 }
@@ -60,7 +68,7 @@ func (r *rig) start(s *store.Store) {
 		}
 		return r.point(name)
 	}
-	uuid := xapi.UUID("11111111-1111-4111-8111-111111111111")
+	uuid := cmp.Or(r.uuid, "11111111-1111-4111-8111-111111111111")
 	p, err := Open(r.t.Context(), Options{
 		Store: s, Log: log, HostUUID: uuid, Hostname: "host", PatchDir: filepath.Join(r.dir, "patches"),
 		Drivers: []sr.Driver{sr.FaultyDriverAt(&file.Driver{}, pass), sr.FaultyDriverAt(r.mem, pass)},

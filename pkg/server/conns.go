@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/patchd/patchd/pkg/session"
+	"github.com/patchd/patchd/pkg/trust"
 )
 
 // crowd bounds how many connections are open at once. When it is full, a
@@ -29,11 +30,27 @@ type crowd struct {
 // crowdLimit is how many connections the listeners on the network may hold
 // together: what the process may open, less what it needs for itself.
 func crowdLimit() int {
-	var lim syscall.Rlimit
-	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &lim); err != nil || lim.Cur > 1<<20 {
+	files := raiseFiles()
+	if files <= 0 || files > 1<<20 {
 		return maxConnections
 	}
-	return min(maxConnections, max(64, (int(lim.Cur)-ownFiles)*3/4))
+	return min(maxConnections, max(64, (files-ownFiles)*3/4))
+}
+
+// raiseFiles lets the process open as many files as the system allows it, and
+// gives that number; 0 when it cannot be told. Programs that it starts get the
+// number back that it was started with.
+func raiseFiles() int {
+	var lim syscall.Rlimit
+	if syscall.Getrlimit(syscall.RLIMIT_NOFILE, &lim) != nil {
+		return 0
+	}
+	soft := lim.Cur
+	lim.Cur = lim.Max
+	if syscall.Setrlimit(syscall.RLIMIT_NOFILE, &lim) != nil {
+		lim.Cur = soft
+	}
+	return int(min(lim.Cur, 1<<30))
 }
 
 // admit counts a connection in; nil when there is no place for it.
@@ -98,6 +115,9 @@ func (c *crowdConn) Close() error {
 	return c.Conn.Close()
 }
 
+// NetConn gives the connection under c.
+func (c *crowdConn) NetConn() net.Conn { return c.Conn }
+
 // CloseWrite tells the client that nothing more comes.
 func (c *crowdConn) CloseWrite() error {
 	if h, ok := c.Conn.(interface{ CloseWrite() error }); ok {
@@ -135,7 +155,10 @@ func (l *crowdListener) Accept() (net.Conn, error) {
 
 // inCrowd finds the connection of a crowd under what the server was given.
 func inCrowd(c net.Conn) *crowdConn {
-	if t, ok := c.(*tls.Conn); ok {
+	switch t := c.(type) {
+	case *tls.Conn:
+		c = t.NetConn()
+	case *trust.HostConn:
 		c = t.NetConn()
 	}
 	cc, _ := c.(*crowdConn)

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"bufio"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -16,6 +17,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/patchd/patchd/pkg/session"
+	"github.com/patchd/patchd/pkg/trust"
 	"github.com/patchd/patchd/pkg/upload"
 )
 
@@ -27,9 +29,9 @@ const (
 	idleTimeout   = 2 * time.Minute
 	maxHeader     = 32 << 10
 	// maxConnections bounds what the listeners on the network hold together,
-	// see crowd. The unix socket has its own count, so that an admin on the
-	// host always gets in.
-	maxConnections = 4096
+	// see crowd: one for each of 10,000 hosts, and those of clients. The unix
+	// socket has its own count, so that an admin on the host always gets in.
+	maxConnections = 16384
 	maxLocal       = 512
 	// ownFiles is how many files the process keeps for its own work.
 	ownFiles = 512
@@ -59,11 +61,40 @@ func (l *listeners) setHandler(h http.Handler) { l.handler.Store(handlerBox{h}) 
 func (l *listeners) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	rc := http.NewResponseController(w)
 	_ = rc.SetWriteDeadline(time.Time{}) // of the request before
-	defer func() {
-		_ = rc.SetWriteDeadline(time.Now().Add(lastWords))
-		_ = rc.SetReadDeadline(time.Now().Add(wasteTime)) // the server sets its own for the next request
-	}()
+	if r.TLS != nil && r.TLS.NegotiatedProtocol == trust.Protocol {
+		t := &taking{ResponseWriter: w}
+		w = t
+		defer func() {
+			if !t.taken {
+				l.bound(rc)
+			}
+		}()
+	} else {
+		defer l.bound(rc)
+	}
 	l.handler.Load().(handlerBox).ServeHTTP(w, r)
+}
+
+// bound gives the server time for what it does after the handler.
+func (l *listeners) bound(rc *http.ResponseController) {
+	_ = rc.SetWriteDeadline(time.Now().Add(lastWords))
+	_ = rc.SetReadDeadline(time.Now().Add(wasteTime)) // the server sets its own for the next request
+}
+
+// taking knows whether a handler has taken the connection for itself.
+type taking struct {
+	http.ResponseWriter
+	taken bool
+}
+
+// Unwrap lets http.ResponseController find what it needs.
+func (t *taking) Unwrap() http.ResponseWriter { return t.ResponseWriter }
+
+// Hijack gives the connection to the handler.
+func (t *taking) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	c, rw, err := http.NewResponseController(t.ResponseWriter).Hijack()
+	t.taken = t.taken || err == nil
+	return c, rw, err
 }
 
 // booting answers everything until start-up repair is done.
@@ -73,7 +104,7 @@ func booting(w http.ResponseWriter, _ *http.Request) {
 }
 
 // open begins to listen; until setHandler all is answered by booting.
-func openListeners(c Config, s stateDir, cert tls.Certificate, log logrus.FieldLogger) (l *listeners, err error) {
+func openListeners(c Config, s stateDir, id *trust.Identity, log logrus.FieldLogger) (l *listeners, err error) {
 	l = &listeners{log: log}
 	l.setHandler(http.HandlerFunc(booting))
 	network := &crowd{limit: crowdLimit()}
@@ -96,16 +127,21 @@ func openListeners(c Config, s stateDir, cert tls.Certificate, log logrus.FieldL
 			return l, fmt.Errorf("TLS: %w; --tls-listen names another address", err)
 		}
 		l.TLSAddr = ln.Addr()
-		l.serve(tls.NewListener(&crowdListener{ln, network}, tlsConfig(cert)), marked)
+		clients, hosts := trust.Split(&crowdListener{ln, network}, trust.ServerConfig(tlsConfig(id), id), headerTimeout, func(err error) {
+			l.log.WithError(err).Debug("a TLS handshake failed")
+		})
+		l.serve(clients, marked)
+		l.serve(hosts, marked)
 	}
 	return l, l.openSocket(s.path("patchd.sock"))
 }
 
 // tlsConfig takes TLS 1.2 with ephemeral keys and authenticated ciphers, and
 // 1.3. HTTP/2 is not offered: the classic clients need plain connections.
-func tlsConfig(cert tls.Certificate) *tls.Config {
+func tlsConfig(id *trust.Identity) *tls.Config {
 	return &tls.Config{
-		Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS12,
+		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return id.Certificate(), nil },
+		MinVersion:     tls.VersionTLS12,
 		CipherSuites: []uint16{
 			tls.TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256, tls.TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,
 			tls.TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256,
@@ -160,9 +196,9 @@ func peerIsRoot(c net.Conn) bool {
 
 func (l *listeners) serve(ln net.Listener, connContext func(context.Context, net.Conn) context.Context) {
 	s := &http.Server{
-		Handler: l, ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeader,
+		Handler: trust.Request(l), ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeader,
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
-			return upload.WithConn(connContext(ctx, c), raw(c))
+			return upload.WithConn(trust.WithConn(connContext(ctx, c), c), raw(c))
 		},
 		ErrorLog:     quiet(l.log),
 		TLSNextProto: map[string]func(*http.Server, *tls.Conn, http.Handler){},

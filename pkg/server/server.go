@@ -24,6 +24,7 @@ import (
 	"github.com/patchd/patchd/pkg/sr/all"
 	"github.com/patchd/patchd/pkg/store"
 	"github.com/patchd/patchd/pkg/task"
+	"github.com/patchd/patchd/pkg/trust"
 	"github.com/patchd/patchd/pkg/upload"
 	"github.com/patchd/patchd/pkg/vdi"
 	"github.com/patchd/patchd/pkg/xapi"
@@ -37,6 +38,8 @@ type Server struct {
 	state  stateDir
 	dom0   *dom0.System
 	layout vdi.LayoutKind
+	// identity is the key of this host, which the TLS listener shows.
+	identity *trust.Identity
 
 	store    *store.Store
 	leader   *store.Leadership
@@ -109,11 +112,10 @@ func Open(ctx context.Context, c Config, o Options) (_ *Server, err error) {
 	if err != nil {
 		return nil, err
 	}
-	cert, err := s.state.certificate(hostname)
-	if err != nil {
+	if s.identity, err = s.state.identity(hostname); err != nil {
 		return nil, fmt.Errorf("make the TLS certificate: %w", err)
 	}
-	if s.ways, err = openListeners(c, s.state, cert, s.log); err != nil {
+	if s.ways, err = openListeners(c, s.state, s.identity, s.log); err != nil {
 		return nil, err
 	}
 	undo.Push("close listeners", func(context.Context) error { s.ways.close(0); return nil })

@@ -277,9 +277,9 @@ func TestStateFiles(t *testing.T) {
 	if again, _ := s.poolSecret(); err != nil || secret != again || strings.Count(secret, "/") != 2 {
 		t.Errorf("%q %v", secret, err)
 	}
-	cert, err := s.certificate("host")
-	again, err2 := s.certificate("host")
-	if err != nil || err2 != nil || string(cert.Certificate[0]) != string(again.Certificate[0]) {
+	cert, err := s.identity("host")
+	again, err2 := s.identity("host")
+	if err != nil || err2 != nil || string(cert.Certificate().Certificate[0]) != string(again.Certificate().Certificate[0]) {
 		t.Errorf("another certificate: %v %v", err, err2)
 	}
 	for _, name := range []string{"host-uuid", "pool-secret", "tls.pem"} {
@@ -288,7 +288,7 @@ func TestStateFiles(t *testing.T) {
 		}
 	}
 	os.WriteFile(s.path("tls.pem"), []byte("garbage"), 0o600)
-	if _, err := s.certificate("host"); err == nil {
+	if _, err := s.identity("host"); err == nil {
 		t.Error("garbage is a certificate")
 	}
 }

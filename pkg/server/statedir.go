@@ -1,28 +1,19 @@
 package server
 
 import (
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/tls"
-	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io/fs"
-	"math/big"
-	"net"
 	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
-	"time"
 
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
 
 	"github.com/patchd/patchd/pkg/dom0"
+	"github.com/patchd/patchd/pkg/trust"
 	"github.com/patchd/patchd/pkg/xapi"
 )
 
@@ -191,44 +182,8 @@ func (s stateDir) poolSecret() (string, error) {
 	})
 }
 
-// certificate is this host's TLS certificate, self-signed and made at the
-// first start. Clients pin its key.
-func (s stateDir) certificate(hostname string) (tls.Certificate, error) {
-	pair := s.path("tls.pem")
-	cert, err := tls.LoadX509KeyPair(pair, pair)
-	if err == nil || !errors.Is(err, fs.ErrNotExist) {
-		return cert, err
-	}
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return cert, err
-	}
-	serial, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 120))
-	if err != nil {
-		return cert, err
-	}
-	der, err := x509.CreateCertificate(rand.Reader, certTemplate(hostname, serial), certTemplate(hostname, serial), &key.PublicKey, key)
-	if err != nil {
-		return cert, err
-	}
-	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		return cert, err
-	}
-	b := append(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}),
-		pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER})...)
-	if err := s.write("tls.pem", b); err != nil {
-		return cert, err
-	}
-	return tls.X509KeyPair(b, b)
-}
-
-func certTemplate(hostname string, serial *big.Int) *x509.Certificate {
-	return &x509.Certificate{
-		SerialNumber: serial, Subject: pkix.Name{CommonName: hostname}, DNSNames: []string{hostname, "localhost"},
-		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1), net.IPv6loopback},
-		NotBefore:   time.Now().Add(-time.Hour), NotAfter: time.Now().AddDate(10, 0, 0),
-		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
-		BasicConstraintsValid: true,
-	}
+// identity is this host's key and TLS certificate, made at the first start.
+// Clients and other hosts pin its key.
+func (s stateDir) identity(hostname string) (*trust.Identity, error) {
+	return trust.Open(s.path("tls.pem"), hostname)
 }

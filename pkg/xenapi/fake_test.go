@@ -281,3 +281,13 @@ func (p *fakePool) VDIChecks() ([]pool.VDICheck, error) {
 		{VDI: p.checked, UUID: xapi.UUID(made[10:]), Map: "m", Checked: at, Damage: "d"}, {VDI: p.checked, Map: "m"},
 	}, nil
 }
+
+func (p *fakePool) HostEject(_ context.Context, host xapi.Ref, force bool) error {
+	p.note("HostEject", host, force)
+	return nil
+}
+
+func (p *fakePool) HostRevoke(_ context.Context, host xapi.Ref) error {
+	p.note("HostRevoke", host)
+	return nil
+}

@@ -15,6 +15,7 @@ type Pool interface {
 	VDIPool
 	VerifyPool
 	RoomPool
+	MemberPool
 	MessageCreate(ctx context.Context, name string, priority int64, cls string, object xapi.UUID, body string) (xapi.Ref, error)
 	MessageDestroy(ctx context.Context, message xapi.Ref) error
 }

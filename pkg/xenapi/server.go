@@ -17,7 +17,7 @@ import (
 )
 
 // Options are what the wire converts for and delegates to. All but
-// Coordinator, Limits and Now are needed.
+// Members, Coordinator, Limits and Now are needed.
 type Options struct {
 	Store    *store.Store
 	Pool     Pool
@@ -25,6 +25,9 @@ type Options struct {
 	Sessions *session.Manager
 	Events   *event.Broker
 	Log      logrus.FieldLogger
+
+	// Members is this host's own place in the pool.
+	Members Members
 
 	// Coordinator tells whether this host is the coordinator now and, where it
 	// is not, the address of the one that is ("" when nobody knows). nil: this
