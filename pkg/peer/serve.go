@@ -199,6 +199,9 @@ func (s *shelf) have() bitset {
 func (s *shelf) read(at int, data []byte) error {
 	err := error(vdi.ErrWrongBlock)
 	for _, i := range s.images {
+		if isClosed(i.Gone) {
+			continue // somebody waits for it
+		}
 		if err = s.m.ReadBlock(i.File, s.m.Blocks[at].Index, data); err == nil {
 			return nil
 		}
@@ -214,6 +217,15 @@ func (s *shelf) read(at int, data []byte) error {
 		}
 	}
 	return err
+}
+
+func isClosed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
+	}
 }
 
 func (n *Node) sendMap(w http.ResponseWriter, s *shelf) {

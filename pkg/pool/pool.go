@@ -57,13 +57,21 @@ type Pool struct {
 	// Connected tells whether a host is there to do something now; nil: every one is.
 	Connected func(host xapi.Ref) bool
 
+	// Fetcher gets images from other hosts; nil: none can.
+	Fetcher Fetcher
+
+	// Ticket makes the right of a host to read the images with a map from others;
+	// nil: there are no tickets.
+	Ticket func(reader Host, digest string) ([]byte, error)
+
 	// Busy tells of a job that this host works on and that is in another store; may be nil.
 	Busy func(job xapi.UUID) bool
 
 	// Also is what Examine looks at beside the records and the storage; may be nil.
 	Also func(ctx context.Context) ([]Finding, error)
 
-	storage Storage
+	storage  Storage
+	fetching fetching
 }
 
 // Options says who this host is and where its things lie.

@@ -18,6 +18,9 @@ type Stored struct {
 	File *os.File
 	// Damaged hears of a block that is not as the map says; nil: nobody does.
 	Damaged func(index int64)
+	// Gone is closed when somebody wants the image for himself, and waits for
+	// Close; nil: nobody does.
+	Gone <-chan struct{}
 	// Close gives the image back; File is closed by it.
 	Close func()
 }
