@@ -237,5 +237,5 @@ func (s *Server) takeUp(ctx context.Context, ref xapi.Ref, f func(context.Contex
 
 // keepHouse is the housekeeping of the pool.
 func (s *Server) keepHouse(ctx context.Context) error {
-	return errors.Join(s.tasks.GC(ctx), s.pool.CollectJobs(ctx), s.pool.CollectRuns(ctx), s.sessions.GC(ctx))
+	return errors.Join(s.tasks.GC(ctx), s.pool.CollectJobs(ctx), s.pool.CollectRuns(ctx), s.pool.CollectReplicas(ctx), s.sessions.GC(ctx))
 }

@@ -162,11 +162,3 @@ func samePeers(a, b []pool.Peer) bool {
 	}
 	return true
 }
-
-// hubBackend is the pool as hosts ask it.
-type hubBackend struct{ *pool.Pool }
-
-// Sources names no host: blocks do not go between hosts yet.
-func (hubBackend) Sources(context.Context, xapi.Ref, string, bool) (pool.Sources, error) {
-	return pool.Sources{}, xapi.NewError(xapi.NotImplemented, "sources")
-}
