@@ -38,6 +38,7 @@ func (s *Server) lead(ctx context.Context, serving func()) error {
 
 func (s *Server) serveLeading(ctx context.Context, serving func()) error {
 	defer s.tasks.Stop()
+	s.openHub()
 	if err := s.takeOver(ctx); err != nil {
 		return fmt.Errorf("repair at start: %w", err)
 	}

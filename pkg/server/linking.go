@@ -46,8 +46,11 @@ func (s *Server) openLink(ctx context.Context) (err error) {
 
 // agentServes is whom this host's agent works for, and on what.
 func (s *Server) agentServes() (agent.Coordinator, agent.Storage) {
-	if s.member == nil {
+	if s.member == nil && s.link == nil {
 		return s.pool, s.pool
+	}
+	if s.member == nil {
+		return clusterHost{s.pool, s}, s.pool
 	}
 	s.pool.Busy = func(job xapi.UUID) bool { return s.agent.Knows(job) }
 	return s.link, memberStorage{s.pool, s.told}
