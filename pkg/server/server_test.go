@@ -137,7 +137,10 @@ func TestResume(t *testing.T) {
 	}
 	err = s.store.Update(ctx, func(tx *store.Tx) error {
 		tx.Put(pool.ClassPatch, patch, pool.Patch{UUID: xapi.NewUUID(), NameLabel: "p", VDI: xapi.NullRef, AfterApplyGuidance: []xapi.Guidance{}})
-		tx.Put(pool.ClassRun, run, pool.Run{UUID: xapi.NewUUID(), Patch: patch, Task: xapi.NewRef(), Hosts: []xapi.Ref{s.pool.Self}})
+		rec := pool.Run{UUID: xapi.NewUUID(), Patch: patch, Task: xapi.NewRef(), Classic: true, State: pool.RunRunning}
+		rec.Policy = pool.Policy{AtOnce: 1, StopAfter: 1, NoPrecheck: true}
+		tx.Put(pool.ClassRun, run, rec)
+		tx.Put(pool.ClassRunHost, xapi.NewRef(), pool.RunHost{Run: rec.UUID, Host: s.pool.Self, State: pool.HostWaiting})
 		tx.Put(pool.ClassJob, xapi.NewRef(), pool.Job{
 			UUID: xapi.NewUUID(), Kind: pool.JobPrecheck, Patch: patch, Host: s.pool.Self, Task: owner, State: pool.JobDone, Output: "fine", Finished: time.Now(),
 		})
@@ -149,7 +152,10 @@ func TestResume(t *testing.T) {
 	stop()
 	s, stop = running(t, c)
 	defer stop()
-	err = s.store.Until(ctx, func(v *store.View) (bool, error) { return v.Count(pool.ClassRun) == 0, nil })
+	err = s.store.Until(ctx, func(v *store.View) (bool, error) {
+		rec, err := store.Get[pool.Run](v, pool.ClassRun, run)
+		return rec.State.Ended(), err
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
