@@ -51,6 +51,7 @@ var arrows = map[string][]string{
 	"cmd/patchd":                nil,
 	"integration":               nil,
 	"integration/lab":           {"pkg/xapi"},
+	"integration/lab/etcd":      {},
 	"integration/vm":            nil, // its tests need a kernel of their own
 	"pkg/xenapi/thincli/xetest": {},
 }

@@ -11,7 +11,6 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -53,18 +52,7 @@ func hasCode(t testing.TB, err error, code string) []string {
 // run executes a program of the test's own and fails when it fails.
 func run(t testing.TB, name string, args ...string) string {
 	t.Helper()
-	for try := 0; ; try++ {
-		out, err := exec.Command(name, args...).CombinedOutput()
-		if err == nil {
-			return string(out)
-		}
-		// Others take loop devices, and hold mounts between fork and exec.
-		busy := (name == "mount" || name == "umount") && strings.Contains(string(out), "busy")
-		if !busy || try == 250 {
-			t.Fatalf("%s %v: %v\n%s", name, args, err, out)
-		}
-		time.Sleep(20 * time.Millisecond)
-	}
+	return lab.Run(t, name, args...)
 }
 
 // until waits for something to become true.
@@ -83,29 +71,9 @@ func exists(path string) bool {
 	return err == nil
 }
 
-// loopFS makes a filesystem in a file, mounts it, and gives the folder.
-func loopFS(t testing.TB, size int64, mkfs string, args ...string) string {
-	t.Helper()
-	dir := t.TempDir()
-	image, mnt := filepath.Join(dir, "disk.img"), filepath.Join(dir, "mnt")
-	f, err := os.Create(image)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := errors.Join(f.Truncate(size), f.Close(), os.Mkdir(mnt, 0o755)); err != nil {
-		t.Fatal(err)
-	}
-	run(t, mkfs, append(args, image)...)
-	run(t, "mount", "-o", "loop", image, mnt)
-	t.Cleanup(func() { run(t, "umount", mnt) })
-	return mnt
-}
-
 // ext4FS is a filesystem whose files cannot be cloned, xfsFS one whose can.
-func ext4FS(t testing.TB, size int64) string { return loopFS(t, size, "mkfs.ext4", "-q", "-F") }
-func xfsFS(t testing.TB, size int64) string {
-	return loopFS(t, size, "mkfs.xfs", "-q", "-m", "reflink=1")
-}
+func ext4FS(t testing.TB, size int64) string { t.Helper(); return lab.Ext4(t, size) }
+func xfsFS(t testing.TB, size int64) string  { t.Helper(); return lab.XFS(t, size) }
 
 // used is how many bytes are taken on the filesystem of path.
 func used(t testing.TB, path string) int64 {
@@ -298,7 +266,7 @@ func processState(pid int) string {
 
 // answers tells whether a daemon listens and is ready.
 func answers(h *lab.Host) bool {
-	res, err := http.Get(h.URL + "/healthz")
+	res, err := h.HTTP.Get(h.URL + "/healthz")
 	if err != nil {
 		return false
 	}

@@ -80,8 +80,32 @@ type client struct {
 
 // connect logs in: over the unix socket as root, or at --server.
 func (g *global) connect(ctx context.Context) (*client, error) {
+	c, err := g.reach()
+	if err != nil {
+		return nil, err
+	}
 	if g.server == "" {
-		return g.connectSocket(ctx)
+		return g.loginSocket(ctx, c)
+	}
+	password, err := g.password(ctx)
+	if err != nil {
+		return nil, err
+	}
+	c.again = func(ctx context.Context) error { return g.explainServer(c.login(ctx, g.user, password)) }
+	if err := c.again(ctx); err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// reach makes the client of the unix socket or of --server, without a login.
+func (g *global) reach() (*client, error) {
+	if g.server == "" {
+		dial := func(ctx context.Context, _, _ string) (net.Conn, error) { return dialUnix(ctx, g.socket()) }
+		return &client{
+			base: "http://patchd",
+			http: &http.Client{Transport: &http.Transport{DialContext: dial, ExpectContinueTimeout: 30 * time.Second, MaxIdleConnsPerHost: 4}},
+		}, nil
 	}
 	u, err := url.Parse(g.server)
 	if err != nil || (u.Scheme != "https" && u.Scheme != "http") || u.Host == "" {
@@ -91,22 +115,16 @@ func (g *global) connect(ctx context.Context) (*client, error) {
 	if err != nil {
 		return nil, err
 	}
-	password, err := g.password(ctx)
-	if err != nil {
-		return nil, err
-	}
-	c := &client{
+	return &client{
 		base: strings.TrimSuffix(u.String(), "/"),
 		http: &http.Client{Transport: &http.Transport{
 			DialContext: dialTCP, TLSClientConfig: tlsConfig, ExpectContinueTimeout: 30 * time.Second, MaxIdleConnsPerHost: 4,
 		}},
-	}
-	c.again = func(ctx context.Context) error { return g.explainServer(c.login(ctx, g.user, password)) }
-	if err := c.again(ctx); err != nil {
-		return nil, err
-	}
-	return c, nil
+	}, nil
 }
+
+// socket is the path of the daemon's unix socket.
+func (g *global) socket() string { return filepath.Join(g.stateDir, "patchd.sock") }
 
 // explainServer says what helps when a server cannot be reached.
 func (g *global) explainServer(err error) error {
@@ -134,15 +152,7 @@ func reason(err error) error {
 	return err
 }
 
-func (g *global) connectSocket(ctx context.Context) (*client, error) {
-	path := filepath.Join(g.stateDir, "patchd.sock")
-	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return dialUnix(ctx, path)
-	}
-	c := &client{
-		base: "http://patchd",
-		http: &http.Client{Transport: &http.Transport{DialContext: dial, ExpectContinueTimeout: 30 * time.Second, MaxIdleConnsPerHost: 4}},
-	}
+func (g *global) loginSocket(ctx context.Context, c *client) (*client, error) {
 	c.again = func(ctx context.Context) error { return c.login(ctx, "root", "") }
 	err := c.again(ctx)
 	var unreachable unreachableError
@@ -151,7 +161,7 @@ func (g *global) connectSocket(ctx context.Context) (*client, error) {
 		if errors.Is(err, fs.ErrPermission) {
 			cure = "only root may use the socket; others log in with --server and --user"
 		}
-		return nil, unreachableError{fmt.Errorf("no patchd answers at %s (%w): %s", path, reason(unreachable.error), cure)}
+		return nil, unreachableError{fmt.Errorf("no patchd answers at %s (%w): %s", g.socket(), reason(unreachable.error), cure)}
 	}
 	return c, err
 }

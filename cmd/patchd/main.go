@@ -105,7 +105,7 @@ func newRoot() *cobra.Command {
 	root.AddCommand(
 		newServe(), newRunner(),
 		newStatus(g), newDoctor(g), newPatch(g), newSR(g), newVDI(g), newHost(g), newPool(g),
-		newTask(g), newMessage(g), newKey(g), newUser(g), newStore(), newMan(root),
+		newRun(g), newWhy(g), newTask(g), newMessage(g), newKey(g), newUser(g), newStore(), newMan(root),
 	)
 	completeWords(root, "output", "table", "json")
 	argsAreUsage(root)

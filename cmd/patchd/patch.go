@@ -16,7 +16,7 @@ func newPatch(g *global) *cobra.Command {
 	cmd := &cobra.Command{Use: "patch", Short: "build, upload, apply and remove patches"}
 	cmd.AddCommand(
 		newPatchBuild(g), newPatchVerify(g), newPatchUpload(g), newPatchImport(g),
-		newPatchList(g), newPatchShow(g), newPatchPrecheck(g), newPatchApply(g), newPatchPoolApply(g),
+		newPatchList(g), newPatchShow(g), newPatchPrecheck(g), newPatchStage(g), newPatchApply(g), newPatchPoolApply(g),
 		newPatchClean(g), newPatchPoolClean(g), newPatchDestroy(g), newPatchSettle(g),
 	)
 	return cmd
@@ -174,13 +174,25 @@ func newPatchApply(g *global) *cobra.Command {
 }
 
 func newPatchPoolApply(g *global) *cobra.Command {
-	return objectCommand(g, "pool_patch", "pool-apply PATCH", "apply a patch to every host that lacks it",
+	var flags policyFlags
+	var policy bool
+	cmd := objectCommand(g, "pool_patch", "pool-apply PATCH", "apply a patch to every host that lacks it",
 		func(ctx context.Context, c *client, ref string, rec record) error {
+			if policy {
+				return flags.start(ctx, g, c, ref)
+			}
 			if _, err := c.async(ctx, "pool-apply", "pool_patch.pool_apply", ref); err != nil {
 				return err
 			}
 			return g.done("applied to every host", "pool_patch", rec)
 		})
+	cmd.Long = "Without flags this is pool_patch.pool_apply of the XenAPI: one host after another, up to the first\n" +
+		"that fails. Any of the flags makes it a run by a policy: all hosts run the precheck first, then the\n" +
+		"coordinator applies, then the others, until one fails, unless the flags say otherwise. A run goes on\n" +
+		"when this command or the coordinator ends; see `patchd run`."
+	flags.register(cmd)
+	cmd.PreRun = func(cmd *cobra.Command, _ []string) { policy = flags.given(cmd) }
+	return cmd
 }
 
 const deprecation = "deprecated: %s is kept for old scripts; `patchd vdi destroy` frees the room of a patch\n"

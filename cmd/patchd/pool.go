@@ -8,20 +8,62 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/spf13/cobra"
+
+	"github.com/patchd/patchd/pkg/xapi"
 )
 
 func newHost(g *global) *cobra.Command {
 	cmd := &cobra.Command{Use: "host", Short: "hosts of the pool"}
 	cmd.AddCommand(
-		listCommand(g, "host", "list the hosts", []column{
-			field("UUID", "uuid"), field("NAME", "name_label"), field("ADDRESS", "address"), field("ENABLED", "enabled"),
-			{"PATCHES", func(r record) string { p, _ := r["patches"].([]any); return fmt.Sprint(len(p)) }},
-		}),
+		newHostList(g),
 		showCommand(g, "host", "show one host"),
+		newHostRevoke(g), newHostExempt(g), newHostResync(g),
 	)
 	return cmd
+}
+
+// newHostList lists the hosts with what the coordinator knows of each now.
+func newHostList(g *global) *cobra.Command {
+	return &cobra.Command{
+		Use: "list", Short: "list the hosts", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return g.with(cmd.Context(), func(ctx context.Context, c *client) error {
+				all, err := c.all(ctx, "host")
+				if err != nil {
+					return err
+				}
+				var states []map[string]any
+				if err := c.call(ctx, &states, "patchd.host_states"); err != nil {
+					return err
+				}
+				for _, st := range states {
+					if rec := all[fmt.Sprint(st["ref"])]; rec != nil {
+						rec["rank"], rec["connected"], rec["since"], rec["jobs"] = st["rank"], st["connected"] == "true", st["since"], st["jobs"]
+					}
+				}
+				return g.printRecords(os.Stdout, all, []column{
+					field("UUID", "uuid"), field("NAME", "name_label"), field("ADDRESS", "address"), field("RANK", "rank"),
+					{"STATE", hostState}, field("ENABLED", "enabled"),
+					{"PATCHES", func(r record) string { p, _ := r["patches"].([]any); return fmt.Sprint(len(p)) }},
+				})
+			})
+		},
+	}
+}
+
+// hostState is whether a host is there, or how long it has been away.
+func hostState(r record) string {
+	if there, _ := r["connected"].(bool); there {
+		return "connected"
+	}
+	since, err := xapi.ParseTime(r.text("since"))
+	if err != nil {
+		return "away"
+	}
+	return "away for " + time.Since(since).Round(time.Second).String()
 }
 
 func newMessage(g *global) *cobra.Command {
@@ -45,7 +87,7 @@ func newPool(g *global) *cobra.Command {
 	cmd := &cobra.Command{Use: "pool", Short: "the pool"}
 	status := newStatus(g)
 	status.Short = "show the pool, its coordinator and its default SR"
-	cmd.AddCommand(status)
+	cmd.AddCommand(status, newPoolToken(g), newPoolJoin(g), newPoolEject(g), newPoolLeave(g), newPoolRotateKey(g), newCompliance(g))
 	return cmd
 }
 
@@ -54,6 +96,9 @@ func newStatus(g *global) *cobra.Command {
 	return &cobra.Command{
 		Use: "status", Short: "is patchd up, and how is the pool", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if done, err := g.statusElsewhere(cmd.Context()); done || err != nil {
+				return err
+			}
 			return g.with(cmd.Context(), func(ctx context.Context, c *client) error {
 				st, err := c.status(ctx)
 				if err != nil {
@@ -129,6 +174,53 @@ func (c *client) status(ctx context.Context) (st status, err error) {
 	}
 	st.Hosts, st.Patches, st.Messages = len(byClass["host"]), len(byClass["pool_patch"]), len(byClass["message"])
 	return st, nil
+}
+
+// roleStatus is what a host that does not lead tells of itself and the pool.
+type roleStatus struct {
+	Role        string `json:"role"`
+	Pool        string `json:"pool"`
+	Host        string `json:"host"`
+	Coordinator *named `json:"coordinator"` // null: nobody leads just now
+	Address     string `json:"coordinator_address"`
+	Pin         string `json:"pin"`
+}
+
+// statusElsewhere prints the status of a host that does not lead; done is false
+// where this one does.
+func (g *global) statusElsewhere(ctx context.Context) (done bool, err error) {
+	c, err := g.reach()
+	if err != nil {
+		return false, err
+	}
+	var role map[string]string
+	// Who does not answer this is told of when the command logs in.
+	if err := c.rpc(ctx, &role, "patchd.role"); err != nil || role["role"] == "" || role["role"] == "coordinator" {
+		return false, nil
+	}
+	st := roleStatus{Role: role["role"], Pool: role["pool"], Host: role["host"], Address: role["coordinator_address"]}
+	if role["coordinator"] != "" {
+		st.Coordinator = &named{role["coordinator"], role["coordinator_name"]}
+	}
+	if g.server == "" {
+		st.Pin = g.localPin()
+	}
+	return true, g.printRole(st)
+}
+
+func (g *global) printRole(st roleStatus) error {
+	if g.json() {
+		return printJSON(os.Stdout, st)
+	}
+	for _, line := range [][2]string{
+		{"role", st.Role}, {"pool", st.Pool}, {"host", st.Host}, {"coordinator", st.Coordinator.String()},
+		{"its address", st.Address}, {"pin of this host", st.Pin},
+	} {
+		if line[1] != "" {
+			fmt.Printf("%-18s %s\n", line[0], line[1])
+		}
+	}
+	return nil
 }
 
 // localPin reads the pin from the certificate in the state directory; "" where

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -95,29 +94,17 @@ func serve(ctx context.Context, c server.Config) (err error) {
 		return err
 	}
 	debug.SetMemoryLimit(1 << 30) // a soft bound: the collector works harder before it
-	s, err := server.Open(ctx, c, server.Options{Log: log, Version: version})
-	if err != nil {
-		return err
-	}
 	// No folder it was started in is held: a patch may have started it.
 	if err := os.Chdir("/"); err != nil {
-		return errors.Join(err, s.Close())
+		return err
 	}
-	if s.FirstPassword != "" {
-		log.Infof("root's first password is in %s/root-password", c.StateDir)
-	}
-	err = s.Run(ctx, func() {
+	return server.Serve(ctx, c, server.Options{Log: log, Version: version}, func(s *server.Server) {
 		plain, tls := s.Addresses()
 		log.WithField("http", addressText(plain)).WithField("tls", addressText(tls)).WithField("version", version).Info("patchd is ready")
 		if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
 			log.WithError(err).Warn("the init system could not be told that patchd is ready")
 		}
 	})
-	log.Info("patchd is stopping")
-	if cerr := s.Close(); err == nil {
-		err = cerr
-	}
-	return err
 }
 
 // addressText is "" for a listener that there is not.

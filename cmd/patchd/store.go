@@ -17,7 +17,9 @@ import (
 func newStore() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "store", Short: "back up, restore and move the pool database",
-		Long: "Works on the pool database of --state-dir (or of --store) while no daemon uses it.",
+		Long: "Works on the pool database of --state-dir while no daemon uses it, or on that of --store,\n" +
+			"which may be backed up while daemons do. A restored or moved database has a new identity:\n" +
+			"clients that follow events begin afresh.",
 	}
 	cmd.AddCommand(
 		storeCommand("backup FILE", "write all records to a file (- for the standard output)", backup),

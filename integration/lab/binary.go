@@ -17,12 +17,21 @@ var binaries struct {
 }
 
 // Binary is the path of patchd as it is released.
-func Binary(t testing.TB) string { return build(t, "patchd") }
+func Binary(t testing.TB) string { return build(t, "patchd", patchdPackage) }
 
 // FaultBinary is patchd with fault injection compiled in.
-func FaultBinary(t testing.TB) string { return build(t, "patchd-faults", "-tags", "faults") }
+func FaultBinary(t testing.TB) string {
+	return build(t, "patchd-faults", patchdPackage, "-tags", "faults")
+}
 
-func build(t testing.TB, name string, flags ...string) string {
+// etcdBinary is a node of an etcd cluster.
+func etcdBinary(t testing.TB) string {
+	return build(t, "etcd", "github.com/patchd/patchd/integration/lab/etcd")
+}
+
+const patchdPackage = "github.com/patchd/patchd/cmd/patchd"
+
+func build(t testing.TB, name, pkg string, flags ...string) string {
 	t.Helper()
 	binaries.Lock()
 	defer binaries.Unlock()
@@ -37,7 +46,7 @@ func build(t testing.TB, name string, flags ...string) string {
 		binaries.dir, binaries.built = dir, map[string]string{}
 	}
 	path := filepath.Join(binaries.dir, name)
-	args := append(append([]string{"build"}, flags...), "-o", path, "github.com/patchd/patchd/cmd/patchd")
+	args := append(append([]string{"build"}, flags...), "-o", path, pkg)
 	cmd := exec.Command("go", args...)
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
@@ -48,7 +57,11 @@ func build(t testing.TB, name string, flags ...string) string {
 }
 
 // Main runs the tests of a package and removes what lab made for all of them.
+// In a process that was started as a member of a Cluster it is that.
 func Main(m *testing.M) {
+	if args := os.Getenv(etcdMember); args != "" {
+		os.Exit(beEtcd(args))
+	}
 	code := m.Run()
 	binaries.Lock()
 	defer binaries.Unlock()

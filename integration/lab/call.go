@@ -46,7 +46,7 @@ func (h *Host) RPC(method string, params ...any) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	res, err := http.Post(h.URL+"/jsonrpc", "application/json", bytes.NewReader(b))
+	res, err := h.HTTP.Post(h.URL+"/jsonrpc", "application/json", bytes.NewReader(b))
 	if err != nil {
 		return nil, err
 	}
@@ -134,6 +134,14 @@ func (s *Session) Wait(task string) Record {
 	return nil
 }
 
+// roundTrip sends a request and follows no redirect.
+func (h *Host) roundTrip(req *http.Request) (*http.Response, error) {
+	if h.HTTP.Transport == nil {
+		return http.DefaultTransport.RoundTrip(req)
+	}
+	return h.HTTP.Transport.RoundTrip(req)
+}
+
 // Answer is what a PUT was answered.
 type Answer struct {
 	Status int
@@ -169,7 +177,7 @@ func (s *Session) Put(path string, query url.Values, body io.Reader, length int6
 	}
 	req.ContentLength = length
 	req.AddCookie(&http.Cookie{Name: "session_id", Value: s.Ref})
-	res, err := http.DefaultTransport.RoundTrip(req)
+	res, err := s.H.roundTrip(req)
 	if err != nil {
 		return Answer{}, err
 	}

@@ -2,6 +2,7 @@ package lab
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -29,8 +30,12 @@ type Options struct {
 	Binary  string   // empty: Binary(t)
 	Flags   []string // further flags of serve
 	Env     []string // further variables of the daemon, and of its runners
+	Node    *Node    // where it listens and calls out; nil: this machine, on a loopback address of its own
+	Store   string   // URL of the pool database; empty: the embedded one
 	NoKey   bool     // the lab's key is not trusted
 	NoCheck bool     // do not look for what is left at the end
+	// Plain and TLS are the ports; 0: those of the lab.
+	Plain, TLS int
 }
 
 // Host is one patchd on this machine.
@@ -38,9 +43,12 @@ type Host struct {
 	T        testing.TB
 	StateDir string
 	PatchDir string
-	IP       string // a loopback address of its own
+	IP       string // a loopback address of its own, or that of its node
 	// URL of plain HTTP, TLSURL of TLS, without a slash at the end.
 	URL, TLSURL string
+	// HTTP reaches the host also where it is in a network of the test's own.
+	HTTP *http.Client
+	Node *Node // or nil
 
 	o      Options
 	mu     sync.Mutex
@@ -67,9 +75,9 @@ func Prepare(t testing.TB, o Options) *Host {
 		o.Binary = Binary(t)
 	}
 	h := &Host{T: t, StateDir: filepath.Join(o.Dir, "state"), PatchDir: filepath.Join(o.Dir, "patches"), o: o, log: &syncBuffer{}}
-	h.IP = freeAddress(t)
-	h.URL = fmt.Sprintf("http://%s:%d", h.IP, plainPort)
-	h.TLSURL = fmt.Sprintf("https://%s:%d", h.IP, tlsPort)
+	h.place(t)
+	h.URL = fmt.Sprintf("http://%s:%d", h.IP, cmp.Or(o.Plain, plainPort))
+	h.TLSURL = fmt.Sprintf("https://%s:%d", h.IP, cmp.Or(o.TLS, tlsPort))
 	if !o.NoKey {
 		h.Trust(DefaultKey(t))
 	}
@@ -83,6 +91,56 @@ func Prepare(t testing.TB, o Options) *Host {
 		}
 	})
 	return h
+}
+
+// StartAll makes hosts that start at the same time, and waits until all answer.
+func StartAll(t testing.TB, all ...Options) []*Host {
+	t.Helper()
+	hosts := make([]*Host, len(all))
+	for i, o := range all {
+		hosts[i] = Prepare(t, o)
+	}
+	UpAll(hosts...)
+	return hosts
+}
+
+// UpAll starts the daemons of hosts at the same time, and waits until all answer.
+func UpAll(hosts ...*Host) {
+	for _, h := range hosts {
+		h.T.Helper()
+		h.Launch()
+	}
+	for _, h := range hosts {
+		h.mustBeReady()
+	}
+}
+
+// place gives the host its address.
+func (h *Host) place(t testing.TB) {
+	t.Helper()
+	if h.Node = h.o.Node; h.Node != nil {
+		h.IP, h.HTTP = h.Node.IP, h.Node.HTTP()
+		return
+	}
+	h.IP, h.HTTP = freeAddress(t), http.DefaultClient
+}
+
+// Dial connects to an address from where the host is.
+func (h *Host) Dial(ctx context.Context, network, address string) (net.Conn, error) {
+	if h.Node != nil {
+		return h.Node.Dial(ctx, network, address)
+	}
+	return (&net.Dialer{}).DialContext(ctx, network, address)
+}
+
+// UUID is the host's own uuid, once it was up; it stays the same in every pool.
+func (h *Host) UUID() string {
+	h.T.Helper()
+	b, err := os.ReadFile(filepath.Join(h.StateDir, "host-uuid"))
+	if err != nil {
+		h.T.Fatal(err)
+	}
+	return strings.TrimSpace(string(b))
 }
 
 // The ports of every host; each has an address of its own.
@@ -130,16 +188,22 @@ func (h *Host) Distrust(k *Key) {
 	}
 }
 
+// SetFlags replaces the further flags of serve, for the next start.
+func (h *Host) SetFlags(flags ...string) { h.o.Flags = flags }
+
 // Launch starts the daemon and does not wait for it. env adds variables for
 // this start only.
 func (h *Host) Launch(env ...string) {
 	h.T.Helper()
 	args := append([]string{
 		"serve", "--state-dir", h.StateDir, "--patch-dir", h.PatchDir,
-		"--listen", fmt.Sprintf("%s:%d", h.IP, plainPort), "--tls-listen", fmt.Sprintf("%s:%d", h.IP, tlsPort),
+		"--listen", strings.TrimPrefix(h.URL, "http://"), "--tls-listen", strings.TrimPrefix(h.TLSURL, "https://"),
 		"--bad-password-delay", "200ms", "--grace-timeout", "1s",
 	}, h.o.Flags...)
-	cmd := exec.Command(h.o.Binary, args...)
+	if h.o.Store != "" {
+		args = append(args, "--store", h.o.Store)
+	}
+	cmd := h.command(context.Background(), args...)
 	cmd.Env = append(append(append(os.Environ(), "PATCHD_ROOT_PASSWORD="+Password), h.o.Env...), env...)
 	cmd.Stdout, cmd.Stderr = h.log, h.log
 	if err := cmd.Start(); err != nil {
@@ -155,10 +219,23 @@ func (h *Host) Launch(env ...string) {
 	}()
 }
 
+// command runs patchd where the host is.
+func (h *Host) command(ctx context.Context, args ...string) *exec.Cmd {
+	if h.Node != nil {
+		return h.Node.CommandContext(ctx, h.o.Binary, args...)
+	}
+	return exec.CommandContext(ctx, h.o.Binary, args...)
+}
+
 // Up starts the daemon and waits until it answers.
 func (h *Host) Up(env ...string) {
 	h.T.Helper()
 	h.Launch(env...)
+	h.mustBeReady()
+}
+
+func (h *Host) mustBeReady() {
+	h.T.Helper()
 	if err := h.Ready(60 * time.Second); err != nil {
 		h.T.Fatalf("%v\nthe daemon said:\n%s", err, tail(h.log.String(), 8000))
 	}
@@ -173,7 +250,7 @@ func (h *Host) Ready(limit time.Duration) error {
 			return fmt.Errorf("the daemon ended: %v", h.cmd.ProcessState)
 		default:
 		}
-		res, err := http.Get(h.URL + "/healthz")
+		res, err := h.HTTP.Get(h.URL + "/healthz")
 		if err == nil {
 			io.Copy(io.Discard, res.Body)
 			res.Body.Close()
@@ -185,6 +262,12 @@ func (h *Host) Ready(limit time.Duration) error {
 	}
 	return fmt.Errorf("the daemon does not answer within %s", limit)
 }
+
+// Pause stops the daemon's process where it is.
+func (h *Host) Pause() { h.signal(syscall.SIGSTOP) }
+
+// Resume lets a paused daemon go on.
+func (h *Host) Resume() { h.signal(syscall.SIGCONT) }
 
 // Exited is closed when the daemon's process has ended.
 func (h *Host) Exited() <-chan struct{} {
@@ -262,7 +345,7 @@ func (h *Host) CLIInput(input string, args ...string) (stdout, stderr string, co
 	h.T.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, h.o.Binary, args...)
+	cmd := h.command(ctx, args...)
 	cmd.Env = append(os.Environ(), "PATCHD_STATE_DIR="+h.StateDir, "XDG_STATE_HOME="+filepath.Join(filepath.Dir(h.StateDir), "user"))
 	cmd.Stdin = strings.NewReader(input)
 	var out, errs bytes.Buffer

@@ -81,6 +81,9 @@ type Options struct {
 	MaxCleartext int64
 	// Layout is who lays out the images this host makes.
 	Layout vdi.LayoutKind
+	// KeepQueued tells that who asked for a job lives elsewhere: a job that
+	// nothing was done for waits on over a restart of this host.
+	KeepQueued bool
 }
 
 // Agent carries out the jobs of one host.
@@ -200,15 +203,43 @@ func (a *Agent) start(ctx context.Context, id xapi.UUID, f func(e *execution)) {
 
 // ResyncStamps compares this host's stampfiles with the records.
 func (a *Agent) ResyncStamps(ctx context.Context) error {
-	stamps, bad, err := readStamps(a.PatchDir)
+	stamps, err := a.Stamps()
 	if err != nil {
 		return err
+	}
+	return a.Coordinator.Resync(ctx, a.Self, stamps)
+}
+
+// Stamps reads this host's stampfiles.
+func (a *Agent) Stamps() ([]pool.Stamp, error) {
+	stamps, bad, err := readStamps(a.PatchDir)
+	if err != nil {
+		return nil, err
 	}
 	for name, err := range bad {
 		a.Log.WithError(err).WithField("stampfile", name).Warn("a stampfile makes no sense: it only keeps what the records say")
 		stamps = append(stamps, pool.Stamp{Patch: pool.Patch{UUID: xapi.UUID(name)}, Garbled: true})
 	}
-	return a.Coordinator.Resync(ctx, a.Self, stamps)
+	return stamps, nil
+}
+
+// AtWork tells whether this host works on any job.
+func (a *Agent) AtWork() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return len(a.running) > 0
+}
+
+// Knows tells whether this host works on a job, or has something of it to settle.
+func (a *Agent) Knows(job xapi.UUID) bool {
+	a.mu.Lock()
+	_, running := a.running[job]
+	a.mu.Unlock()
+	if running {
+		return true
+	}
+	_, err := os.Lstat(a.journal.path(job))
+	return err == nil
 }
 
 // Settle writes or removes the stampfile of a patch whose outcome an admin has
@@ -310,7 +341,7 @@ func (a *Agent) recoverEntry(ctx context.Context, entry Entry) error {
 // recoverUnjournaled sees to a job for which this host did nothing yet.
 func (a *Agent) recoverUnjournaled(ctx context.Context, j pool.Assignment) error {
 	switch {
-	case j.Job.Resumes && j.Job.State == pool.JobQueued:
+	case (j.Job.Resumes || a.KeepQueued) && j.Job.State == pool.JobQueued:
 		return nil
 	case j.Job.Kind == pool.JobCall && !j.Job.Cancel && pool.CallsAgain(j.Job.Call) && j.Job.Attempt < maxAttempts:
 		return a.Coordinator.JobRequeue(ctx, j.Ref)

@@ -391,6 +391,16 @@ func TestResumes(t *testing.T) {
 	r.untilQueued()
 	r.reborn()
 	wantCode(t, <-done, xapi.InternalError)
+
+	// Who asked lives elsewhere: the job has waited.
+	r.end()
+	go func() { _, err := r.apply(other); done <- err }()
+	r.untilQueued()
+	r.keep = true
+	r.reborn()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
 	r.tidy("at the end")
 }
 

@@ -94,6 +94,13 @@ func (j journal) order(id xapi.UUID, run Run) error {
 	return fault.Point("journal.run.done")
 }
 
+// payload is the digest of the payload that a job's runner was told to run.
+func (j journal) payload(id xapi.UUID) (string, error) {
+	var run Run
+	err := readJSON(j.path(id, fileRun), &run)
+	return run.Digest, err
+}
+
 // end removes the folder of a job: nothing of it is left to be done.
 func (j journal) end(id xapi.UUID) error {
 	if err := fault.Point("journal.end"); err != nil {

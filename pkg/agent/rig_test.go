@@ -54,6 +54,7 @@ type rig struct {
 	runners []*dom0test.Dom0     // all that there were
 	payload map[xapi.UUID][]byte // by patch
 	stop    func()               // ends Run
+	keep    bool                 // Options.KeepQueued of the next life
 }
 
 func newRig(t *testing.T) *rig {
@@ -101,6 +102,7 @@ func (r *rig) life() {
 		Attested: patch.Attestations(filepath.Join(r.dir, "attested")),
 		Pinned:   r.pinned(), Runner: []string{"/patchd", "runner"},
 		Timeouts: Timeouts{Precheck: 5 * time.Second, Apply: 5 * time.Second, Grace: 20 * time.Millisecond},
+		KeepQueued: r.keep,
 	})
 	r.pool.Local = r.agent
 }

@@ -168,6 +168,9 @@ func (e *execution) record(entry Entry) (again bool, err error) {
 		if err := writeStamp(a.PatchDir, j.Patch.UUID, j.Patch.InfoXML); err != nil {
 			return false, fmt.Errorf("write the stampfile of patch %s: %w", j.Patch.UUID, err)
 		}
+		if outcome.Proof, err = e.proof(j); err != nil {
+			return false, fmt.Errorf("read the stampfile of patch %s back: %w", j.Patch.UUID, err)
+		}
 	}
 	// What the client sees next must not find the job's image in its way; a
 	// failure shows when it is cleaned again.
@@ -179,6 +182,20 @@ func (e *execution) record(entry Entry) (again bool, err error) {
 		e.reportUnknown(entry)
 	}
 	return false, nil
+}
+
+// proof is what this host shows for an apply that has worked: its stampfile, read
+// back, and the digest that its runner held the payload against.
+func (e *execution) proof(j pool.Assignment) (*pool.Proof, error) {
+	digest, info, err := stampDigest(e.agent.PatchDir, j.Patch.UUID)
+	if err != nil {
+		return nil, err
+	}
+	payload, err := e.agent.journal.payload(e.id)
+	if err != nil {
+		return nil, err
+	}
+	return &pool.Proof{Stamp: digest, Payload: payload, UUID: info.Patch.UUID, Version: info.Patch.Version}, nil
 }
 
 // outcome reads from the journal how a job ended. again tells that nothing of

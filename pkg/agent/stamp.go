@@ -1,6 +1,8 @@
 package agent
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"io"
 	"io/fs"
@@ -117,4 +119,18 @@ func PatchRecord(i patch.Info) pool.Patch {
 		AfterApplyGuidance: i.Guidance, ScratchSize: i.ScratchSize, InfoXML: i.XML,
 		VDI: xapi.NullRef, OtherConfig: map[string]string{},
 	}
+}
+
+// stampDigest reads a stampfile back from disk: its SHA-256, lower-case hexadecimal,
+// and what it says. One that makes no sense says nothing.
+func stampDigest(patchDir string, id xapi.UUID) (digest string, s pool.Stamp, err error) {
+	b, err := os.ReadFile(filepath.Join(appliedDir(patchDir), string(id)))
+	if err != nil {
+		return "", s, err
+	}
+	sum := sha256.Sum256(b)
+	if info, err := patch.ParseInfo(b); err == nil {
+		s.Patch = PatchRecord(info)
+	}
+	return hex.EncodeToString(sum[:]), s, nil
 }

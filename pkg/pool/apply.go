@@ -9,18 +9,6 @@ import (
 	"github.com/patchd/patchd/pkg/xapi"
 )
 
-// ClassRun is the class of Run records, never on the wire.
-const ClassRun = "run"
-
-// Run is one pool_apply: the hosts it still has to see to. It is a record so
-// that it goes on after this process dies.
-type Run struct {
-	UUID  xapi.UUID  `json:"uuid"`
-	Patch xapi.Ref   `json:"patch"`
-	Task  xapi.Ref   `json:"task,omitempty"`
-	Hosts []xapi.Ref `json:"hosts"` // in the order they are patched
-}
-
 // PatchPrecheck runs the patch's precheck on host and gives what it printed.
 // Codes: HANDLE_INVALID, CANNOT_FIND_PATCH, CANNOT_FETCH_PATCH, INVALID_PATCH,
 // INVALID_PATCH_WITH_LOG, OUT_OF_SPACE, PATCH_PRECHECK_FAILED_*, TASK_CANCELLED.
@@ -60,6 +48,11 @@ func (p *Pool) JobResult(ctx context.Context, ref xapi.Ref) (string, error) {
 	if err != nil {
 		return "", err
 	}
+	if job.Kind == JobApply && job.Err() == nil {
+		if err := p.settlePoolApplied(ctx, job.Patch); err != nil {
+			return "", err
+		}
+	}
 	return job.Output, job.Err()
 }
 
@@ -86,6 +79,9 @@ func (p *Pool) newJob(ctx context.Context, tx *store.Tx, j Job) (xapi.Ref, error
 	if j.Kind != JobCall {
 		var patch Patch
 		if err := tx.Get(ClassPatch, j.Patch, &patch); err != nil {
+			return "", err
+		}
+		if err := patch.assertConfirmed(j.Patch); err != nil {
 			return "", err
 		}
 		if tx.Has(ClassVDI, patch.VDI) {
@@ -119,13 +115,12 @@ func (p *Pool) beginApply(ctx context.Context, tx *store.Tx, patch, host xapi.Re
 // assertNotApplied refuses when host has patch or is getting it. What is left
 // of an apply whose end is unknown is cleared: to apply again is to be asked.
 func (p *Pool) assertNotApplied(tx *store.Tx, patch, host xapi.Ref) error {
-	for _, ref := range tx.Refs(ClassHostPatch, "pool_patch", string(patch)) {
+	for _, ref := range hostPatchesOf(tx, patch, host) {
 		var hp HostPatch
 		if err := tx.Get(ClassHostPatch, ref, &hp); err != nil {
 			return err
 		}
 		switch {
-		case hp.Host != host:
 		case hp.Applied:
 			return xapi.NewError(xapi.PatchAlreadyApplied, string(patch))
 		case hp.OtherConfig[KeyState] == StateUnknown:
@@ -137,6 +132,11 @@ func (p *Pool) assertNotApplied(tx *store.Tx, patch, host xapi.Ref) error {
 	return nil
 }
 
+// hostPatchesOf gives the host_patches of one patch on one host: one, or none.
+func hostPatchesOf(tx *store.Tx, patch, host xapi.Ref) []xapi.Ref {
+	return tx.RefsBoth(ClassHostPatch, [2]string{"host", string(host)}, [2]string{"pool_patch", string(patch)})
+}
+
 func (p *Pool) inProgress(tx *store.Tx, patch, host xapi.Ref) error {
 	var h Host
 	if err := tx.Get(ClassHost, host, &h); err != nil {
@@ -144,109 +144,6 @@ func (p *Pool) inProgress(tx *store.Tx, patch, host xapi.Ref) error {
 	}
 	return xapi.NewError(xapi.OtherOperationInProgress, "Pool_patch", string(patch),
 		fmt.Sprintf("the patch is being applied to host %s (%s)", h.NameLabel, h.UUID))
-}
-
-// PatchPoolApply applies the patch to every host that lacks it, one after
-// another, and stops at the first that fails. Hosts that have it are passed
-// over. It marks the patch as applied to the pool also when nothing was left
-// to do. Codes: those of PatchApply.
-func (p *Pool) PatchPoolApply(ctx context.Context, patch xapi.Ref) error {
-	ref := xapi.NewRef()
-	err := p.Store.Update(ctx, func(tx *store.Tx) error {
-		run := Run{UUID: xapi.NewUUID(), Patch: patch, Task: task.FromContext(ctx).Ref()}
-		var err error
-		if run.Hosts, err = p.hostsLacking(tx, patch); err != nil {
-			return err
-		}
-		tx.Put(ClassRun, ref, run)
-		return nil
-	})
-	if err != nil {
-		return err
-	}
-	return p.ContinueRun(ctx, ref)
-}
-
-// hostsLacking lists the hosts without the patch, in database order. It
-// refuses when a host is getting it.
-func (p *Pool) hostsLacking(tx *store.Tx, patch xapi.Ref) ([]xapi.Ref, error) {
-	if !tx.Has(ClassPatch, patch) {
-		return nil, xapi.NewError(xapi.HandleInvalid, ClassPatch, string(patch))
-	}
-	hosts := []xapi.Ref{}
-	for _, it := range tx.List(ClassHost) {
-		switch err := p.assertNotApplied(tx, patch, it.Ref); {
-		case err == nil:
-			hosts = append(hosts, it.Ref)
-		case !xapi.Is(err, xapi.PatchAlreadyApplied):
-			return nil, err
-		}
-	}
-	return hosts, nil
-}
-
-// ContinueRun carries a run to its end: for each of its hosts it begins an
-// apply, or joins the one it had begun before it was interrupted. The record
-// goes when the run ends, but stays when this process is told to stop.
-func (p *Pool) ContinueRun(ctx context.Context, ref xapi.Ref) error {
-	var run Run
-	err := p.Store.View(func(v *store.View) (err error) {
-		run, err = store.Get[Run](v, ClassRun, ref)
-		return err
-	})
-	if err != nil {
-		return err
-	}
-	err = p.runHosts(ctx, run)
-	if ctx.Err() != nil && !xapi.Is(context.Cause(ctx), xapi.TaskCancelled) {
-		return err
-	}
-	end := p.Store.Update(context.WithoutCancel(ctx), func(tx *store.Tx) error {
-		tx.Delete(ClassRun, ref)
-		if err != nil || !tx.Has(ClassPatch, run.Patch) {
-			return nil
-		}
-		return p.refreshPoolApplied(tx, run.Patch, "")
-	})
-	if err != nil {
-		return err
-	}
-	return end
-}
-
-func (p *Pool) runHosts(ctx context.Context, run Run) error {
-	for _, host := range run.Hosts {
-		var job xapi.Ref
-		err := p.Store.Update(ctx, func(tx *store.Tx) (err error) {
-			if job = p.jobOfRun(tx, run, host); job != "" {
-				return nil
-			}
-			job, err = p.beginApply(ctx, tx, run.Patch, host, run.UUID)
-			return err
-		})
-		if xapi.Is(err, xapi.PatchAlreadyApplied) {
-			continue
-		}
-		if err != nil {
-			return err
-		}
-		if _, err := p.JobResult(ctx, job); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// jobOfRun finds the apply that this run began on host, also one that has ended
-// while this process was down: a run asks a host once.
-func (p *Pool) jobOfRun(tx *store.Tx, run Run, host xapi.Ref) xapi.Ref {
-	for _, ref := range tx.Refs(ClassJob, "patch", string(run.Patch)) {
-		var job Job
-		if tx.Get(ClassJob, ref, &job) == nil && job.Run == run.UUID && job.Host == host {
-			return ref
-		}
-	}
-	return ""
 }
 
 // PatchSettle says how an apply ended whose outcome is unknown, and makes the
@@ -266,19 +163,23 @@ func (p *Pool) PatchSettle(ctx context.Context, patch, host xapi.Ref, applied bo
 			return err
 		}
 	}
-	return p.Store.Update(ctx, func(tx *store.Tx) error { return p.settle(tx, patch, host, applied) })
+	err = p.Store.Update(ctx, func(tx *store.Tx) error { return p.settle(tx, patch, host, applied) })
+	if err != nil {
+		return err
+	}
+	return p.settlePoolApplied(ctx, patch)
 }
 
 var errKnown = xapi.NewError(xapi.OperationNotAllowed, "the outcome of this patch on this host is not unknown")
 
 func (p *Pool) assertUnknown(patch, host xapi.Ref) error {
 	return p.Store.View(func(v *store.View) error {
-		for _, ref := range v.Refs(ClassHostPatch, "pool_patch", string(patch)) {
+		for _, ref := range v.Refs(ClassHostPatch, "host", string(host)) {
 			hp, err := store.Get[HostPatch](v, ClassHostPatch, ref)
 			if err != nil {
 				return err
 			}
-			if hp.Host == host && hp.OtherConfig[KeyState] == StateUnknown {
+			if hp.PoolPatch == patch && hp.OtherConfig[KeyState] == StateUnknown {
 				return nil
 			}
 		}
@@ -287,12 +188,12 @@ func (p *Pool) assertUnknown(patch, host xapi.Ref) error {
 }
 
 func (p *Pool) settle(tx *store.Tx, patch, host xapi.Ref, applied bool) error {
-	for _, ref := range tx.Refs(ClassHostPatch, "pool_patch", string(patch)) {
+	for _, ref := range hostPatchesOf(tx, patch, host) {
 		var hp HostPatch
 		if err := tx.Get(ClassHostPatch, ref, &hp); err != nil {
 			return err
 		}
-		if hp.Host != host || hp.OtherConfig[KeyState] != StateUnknown {
+		if hp.OtherConfig[KeyState] != StateUnknown {
 			continue
 		}
 		if !applied {
@@ -302,22 +203,7 @@ func (p *Pool) settle(tx *store.Tx, patch, host xapi.Ref, applied bool) error {
 		delete(hp.OtherConfig, KeyState)
 		hp.Applied, hp.TimestampApplied = true, p.Now()
 		tx.Put(ClassHostPatch, ref, hp)
-		return p.refreshPoolApplied(tx, patch, ref)
+		return nil
 	}
 	return errKnown
-}
-
-// OpenRuns lists the runs that were begun and have not ended.
-func (p *Pool) OpenRuns() (refs []xapi.Ref, runs []Run, err error) {
-	err = p.Store.View(func(v *store.View) error {
-		for _, it := range v.List(ClassRun) {
-			var run Run
-			if err := it.Decode(&run); err != nil {
-				return err
-			}
-			refs, runs = append(refs, it.Ref), append(runs, run)
-		}
-		return nil
-	})
-	return refs, runs, err
 }

@@ -281,8 +281,8 @@ func TestPoolApply(t *testing.T) {
 	job, done := r.asked(poolApply)
 	r.must(r.finish(ctx, job, Outcome{Err: xapi.NewError(xapi.PatchApplyFailed, "no")}))
 	r.wantCode("pool_apply", <-done, xapi.PatchApplyFailed, "no")
-	if r.count(ClassRun) != 0 {
-		t.Error("a run that failed stays")
+	if _, runs, err := r.Runs(); err != nil || len(runs) != 1 || runs[0].State != RunStopped || runs[0].Counts[HostFailed] != 1 {
+		t.Errorf("a run that failed: %+v %v", runs, err)
 	}
 
 	// The process stops; the job ends; the run is taken up and asks nobody twice.
@@ -291,19 +291,20 @@ func TestPoolApply(t *testing.T) {
 	cancel()
 	<-done
 	refs, runs, err := r.OpenRuns()
-	if err != nil || len(runs) != 1 || runs[0].Patch != patch || len(runs[0].Hosts) != 1 {
+	if err != nil || len(runs) != 1 || runs[0].Patch != patch || runs[0].Total != 1 {
 		t.Fatalf("%+v %v", runs, err)
 	}
 	r.must(r.finish(ctx, job, Outcome{}))
 	r.must(r.ContinueRun(ctx, refs[0]))
-	if jobs, _, _ := r.Jobs(r.Self); len(jobs) != 0 || r.count(ClassRun) != 0 || r.count(ClassJob) != 2 {
+	if jobs, _, _ := r.Jobs(r.Self); len(jobs) != 0 || r.count(ClassRun) != 2 || r.count(ClassJob) != 2 {
 		t.Errorf("%v", jobs)
 	}
 	if p := get[Patch](r, ClassPatch, patch); !p.PoolApplied {
 		t.Error("not applied to the pool")
 	}
 	r.must(r.PatchPoolApply(ctx, patch)) // nothing is left to do
-	r.wantCode("a run that is gone", r.ContinueRun(ctx, refs[0]), xapi.HandleInvalid)
+	r.wantCode("a run that is gone", r.ContinueRun(ctx, "OpaqueRef:none"), xapi.HandleInvalid)
+	r.must(r.ContinueRun(ctx, refs[0])) // one that has ended
 	r.wantCode("no patch", r.PatchPoolApply(ctx, "OpaqueRef:none"), xapi.HandleInvalid)
 }
 

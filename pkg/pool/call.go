@@ -217,6 +217,7 @@ func init() {
 			b, err := json.Marshal(report)
 			return string(b), err
 		}),
+		"Resync": obeying(true, func(ctx context.Context, p *Pool, _ struct{}) error { return p.Local.ResyncStamps(ctx) }),
 	}
 }
 

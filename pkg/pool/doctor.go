@@ -39,7 +39,7 @@ const maxNames = 5
 func (p *Pool) Examine(ctx context.Context) ([]Finding, error) {
 	var out []Finding
 	looks := []func(context.Context) ([]Finding, error){
-		p.examineDefaultSR, p.examineSRs, p.examineVDIs, p.examineOutcomes, p.examineMessages,
+		p.examineDefaultSR, p.examineHosts, p.examineSRs, p.examineVDIs, p.examineOutcomes, p.examineMessages,
 	}
 	if p.Also != nil {
 		looks = append(looks, p.Also)
@@ -66,6 +66,32 @@ func (p *Pool) examineDefaultSR(context.Context) ([]Finding, error) {
 		return nil, err
 	}
 	return []Finding{f}, nil
+}
+
+// examineHosts tells which of the other hosts are away; nothing of a pool of one.
+func (p *Pool) examineHosts(ctx context.Context) ([]Finding, error) {
+	hosts, err := p.HostStates(ctx)
+	if err != nil || len(hosts) < 2 {
+		return nil, err
+	}
+	var out []Finding
+	there := 0
+	for _, h := range hosts {
+		f := Finding{Check: "host", Class: ClassHost, UUID: h.UUID, Name: h.NameLabel}
+		switch {
+		case h.Rank != RankCoordinator && len(h.Keys) == 0:
+			f.Text = "its key was revoked, and nobody lets it in: have it join again, or eject it"
+		case !h.Connected && h.Since.IsZero():
+			f.Text = "is not connected: is patchd running there, and does it reach this host?"
+		case !h.Connected:
+			f.Text = fmt.Sprintf("is not connected since %s: is patchd running there, and does it reach this host?", xapi.FormatTime(h.Since))
+		default:
+			there++
+			continue
+		}
+		out = append(out, f)
+	}
+	return append(out, Finding{Check: "hosts", OK: there == len(hosts), Text: fmt.Sprintf("%d of %d are connected", there, len(hosts))}), nil
 }
 
 // pluggings lists the SRs and why each is not plugged here, or "".
@@ -117,6 +143,10 @@ func (p *Pool) examineSRs(ctx context.Context) ([]Finding, error) {
 			out = append(out, f)
 			continue
 		}
+		if host, yes := p.elsewhere(ref); yes {
+			out = append(out, p.examineFarSR(rec, host, f))
+			continue
+		}
 		found, err := p.examineSR(ctx, ref, f)
 		if err != nil {
 			f.OK, f.Text = false, "it cannot be looked at: "+brief(err)
@@ -125,6 +155,29 @@ func (p *Pool) examineSRs(ctx context.Context) ([]Finding, error) {
 		out = append(out, found...)
 	}
 	return out, nil
+}
+
+// examineFarSR tells of an SR what the host that works on it has told.
+func (p *Pool) examineFarSR(rec SR, host xapi.Ref, about Finding) Finding {
+	name := string(host)
+	if h, err := p.host(host); err == nil {
+		name = h.NameLabel
+	}
+	free, low := max(0, rec.PhysicalSize-rec.PhysicalUtilisation), min(lowRoom, rec.PhysicalSize/10)
+	about.Check, about.OK = "room", free >= low
+	about.Text = fmt.Sprintf("plugged on host %s, which has told that %s are free", name, bytesText(free))
+	if !about.OK {
+		about.Text += ": remove disk images there (`patchd vdi list`)"
+	}
+	return about
+}
+
+func (p *Pool) host(ref xapi.Ref) (rec Host, err error) {
+	err = p.Store.View(func(v *store.View) error {
+		rec, err = store.Get[Host](v, ClassHost, ref)
+		return err
+	})
+	return rec, err
 }
 
 // examineSR looks into one plugged SR; about is a finding that names it.

@@ -48,7 +48,7 @@ func (p *Pool) revoke(tx *store.Tx, h Host, keys []HostKey, ejected bool) error 
 
 // HostRevoke takes all keys from a host: from then on nobody in the pool lets it
 // in, until it has joined again with another. Codes: HANDLE_INVALID,
-// OPERATION_NOT_ALLOWED for this host.
+// OPERATION_NOT_ALLOWED for this host and for one that has the database.
 func (p *Pool) HostRevoke(ctx context.Context, host xapi.Ref) error {
 	if host == p.Self {
 		return xapi.NewError(xapi.OperationNotAllowed, "this is the coordinator: rotate its key instead")
@@ -58,6 +58,9 @@ func (p *Pool) HostRevoke(ctx context.Context, host xapi.Ref) error {
 		if err != nil {
 			return err
 		}
+		if rec.Coordinator {
+			return hasDatabase(rec)
+		}
 		if err := p.revoke(tx, rec, rec.Keys, false); err != nil {
 			return err
 		}
@@ -65,6 +68,12 @@ func (p *Pool) HostRevoke(ctx context.Context, host xapi.Ref) error {
 		tx.Put(ClassHost, host, rec)
 		return nil
 	})
+}
+
+// hasDatabase is why a host that may lead cannot be shut out by its key.
+func hasDatabase(h Host) error {
+	return xapi.NewError(xapi.OperationNotAllowed, fmt.Sprintf(
+		"host %s (%s) has the pool's database and needs no key: stop patchd there, take its credentials for the database away, then eject it", h.NameLabel, h.UUID))
 }
 
 // Ejected tells whether a key belonged to a host that was ejected.
@@ -85,7 +94,8 @@ func Ejected(v *store.View, spki []byte) bool {
 // stampfiles. A patch whose image goes with it gets another image with the same
 // content, where there is one. force also ejects a host at work, and ends its
 // jobs. A call that was cut off is finished by the next one, or by the next
-// start. Codes: HANDLE_INVALID, OPERATION_NOT_ALLOWED for the coordinator,
+// start. Codes: HANDLE_INVALID, OPERATION_NOT_ALLOWED for the
+// coordinator and for a host with the database that is still there,
 // OTHER_OPERATION_IN_PROGRESS ["host", ref, text] while it has work to do.
 func (p *Pool) HostEject(ctx context.Context, host xapi.Ref, force bool) error {
 	if host == p.Self {
@@ -95,6 +105,9 @@ func (p *Pool) HostEject(ctx context.Context, host xapi.Ref, force bool) error {
 		rec, err := store.Read[Host](tx, ClassHost, host)
 		if err != nil {
 			return err
+		}
+		if rec.Coordinator && (p.Connected == nil || p.Connected(host)) {
+			return hasDatabase(rec)
 		}
 		if !force {
 			if err := p.assertIdleHost(tx, host, rec); err != nil {
@@ -190,7 +203,7 @@ func (p *Pool) finishEject(ctx context.Context, host xapi.Ref) error {
 		return err
 	}
 	p.Log.WithField("host", name.UUID).WithField("name", name.NameLabel).Info("a host was ejected from the pool")
-	return p.settlePools(ctx)
+	return p.SettlePoolApplied(ctx)
 }
 
 // endJobs ends the open jobs of a host that will not report any more.

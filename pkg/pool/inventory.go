@@ -99,7 +99,7 @@ func (p *Pool) TakeInventory(ctx context.Context, host xapi.Ref, inv Inventory) 
 	for _, class := range inventoryClasses {
 		var part []InventoryRecord
 		for _, r := range inv.Put {
-			if r.Class == class {
+			if r.Class == class && len(r.Record) > 0 {
 				part = append(part, r)
 			}
 		}

@@ -2,6 +2,8 @@ package pool
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -73,6 +75,20 @@ type Job struct {
 	// code and its parameters.
 	Output string   `json:"output,omitempty"`
 	Error  []string `json:"error,omitempty"`
+	// Proof is what the host read back after an apply.
+	Proof *Proof `json:"proof,omitempty"`
+	// Unknown: the apply was begun and how it ended is not known. Withdrawn: the
+	// job was ended before the host had claimed it.
+	Unknown   bool `json:"unknown,omitempty"`
+	Withdrawn bool `json:"withdrawn,omitempty"`
+}
+
+// Proof is what a host shows for an apply that it says has worked.
+type Proof struct {
+	Stamp   string    `json:"stamp"`   // SHA-256 of the stampfile as read back from disk, lower-case hexadecimal
+	Payload string    `json:"payload"` // SHA-256 of the payload that was verified and run
+	UUID    xapi.UUID `json:"uuid"`    // of the patch, as the stampfile says
+	Version string    `json:"version"`
 }
 
 // Err is the failure of a job that is done, or nil.
@@ -105,30 +121,40 @@ type Outcome struct {
 	At time.Time
 	// Attempt is the claim that this is the outcome of; one of an earlier claim is refused.
 	Attempt int64
+	// Proof is of an apply that worked: without one that agrees with the patch's
+	// record its outcome is unknown.
+	Proof *Proof
 }
 
 // Jobs lists the open assignments of a host, oldest first, and the revision
 // they were read at. WaitChange(rev) blocks until something may have changed.
 func (p *Pool) Jobs(host xapi.Ref) (jobs []Assignment, rev int64, err error) {
-	err = p.Store.View(func(v *store.View) error {
+	err = p.Store.View(func(v *store.View) (err error) {
 		rev = v.Revision()
-		for _, ref := range v.Refs(ClassJob, "host", string(host)) {
-			job, err := store.Get[Job](v, ClassJob, ref)
-			if err != nil {
-				return err
-			}
-			if job.State == JobDone {
-				continue
-			}
-			a, err := p.assignment(v, ref, job)
-			if err != nil {
-				return err
-			}
-			jobs = append(jobs, a)
-		}
-		return nil
+		jobs, err = p.JobsIn(v, host)
+		return err
 	})
 	return jobs, rev, err
+}
+
+// JobsIn lists the open assignments of a host as one view has them, oldest
+// first.
+func (p *Pool) JobsIn(v *store.View, host xapi.Ref) (jobs []Assignment, err error) {
+	for _, ref := range v.Refs(ClassJob, "host", string(host)) {
+		job, err := store.Get[Job](v, ClassJob, ref)
+		if err != nil {
+			return nil, err
+		}
+		if job.State == JobDone {
+			continue
+		}
+		a, err := p.assignment(v, ref, job)
+		if err != nil {
+			return nil, err
+		}
+		jobs = append(jobs, a)
+	}
+	return jobs, nil
 }
 
 func (p *Pool) assignment(v *store.View, ref xapi.Ref, job Job) (Assignment, error) {
@@ -252,7 +278,7 @@ func (p *Pool) JobRequeue(ctx context.Context, ref xapi.Ref) error {
 func (p *Pool) assertUnused(tx *store.Tx, vdi xapi.Ref) error {
 	for _, ref := range tx.Refs(ClassJob, "VDI", string(vdi)) {
 		var job Job
-		if tx.Get(ClassJob, ref, &job) == nil && job.State != JobDone {
+		if tx.Peek(ClassJob, ref, &job) == nil && job.State != JobDone {
 			return xapi.NewError(xapi.VDIInUse, string(vdi), string(job.Kind))
 		}
 	}
@@ -276,13 +302,17 @@ func (p *Pool) JobReport(ctx context.Context, ref xapi.Ref, progress float64, ta
 	})
 }
 
-// JobFinish ends a job and writes what follows from it into host_patch and
-// pool_patch, in one transaction. Repeated, it does nothing.
+// JobFinish ends a job and writes what follows from it into host_patch, in one
+// transaction, and then into pool_patch. Repeated, it does nothing. An apply that
+// worked counts only with a proof; without, it is recorded as unknown.
 func (p *Pool) JobFinish(ctx context.Context, ref xapi.Ref, o Outcome) error {
 	if o.At.IsZero() {
 		o.At = p.Now()
 	}
+	var applied xapi.Ref // the patch, when the host has it now
 	err := p.Store.Update(ctx, func(tx *store.Tx) error {
+		applied = ""
+		o := o
 		var job Job
 		if err := tx.Get(ClassJob, ref, &job); err != nil {
 			return err
@@ -293,11 +323,20 @@ func (p *Pool) JobFinish(ctx context.Context, ref xapi.Ref, o Outcome) error {
 		if o.Attempt < job.Attempt {
 			return xapi.NewError(xapi.OperationNotAllowed, fmt.Sprintf("the report is of attempt %d, the job is at %d", o.Attempt, job.Attempt))
 		}
+		if job.Kind == JobApply && o.Err == nil && !o.Unknown {
+			if err := checkProof(tx, job.Patch, o.Proof); err != nil {
+				o.Unknown, o.Err = true, err
+			} else {
+				applied = job.Patch
+			}
+		}
 		job.State, job.Finished, job.Progress = JobDone, p.Now(), 1
-		job.Output, job.Tail, job.VDI = o.Output, "", ""
+		job.Output, job.Tail, job.VDI, job.Unknown = o.Output, "", "", o.Unknown
 		job.release()
 		if o.Err != nil {
 			job.Error = o.Err.Description()
+		} else {
+			job.Proof = o.Proof
 		}
 		tx.Put(ClassJob, ref, job)
 		if job.Kind == JobApply {
@@ -308,7 +347,56 @@ func (p *Pool) JobFinish(ctx context.Context, ref xapi.Ref, o Outcome) error {
 	if xapi.Is(err, xapi.HandleInvalid) {
 		return nil
 	}
+	if err == nil && applied != "" {
+		err = p.settlePoolApplied(ctx, applied)
+	}
 	return err
+}
+
+// checkProof holds what a host shows for an apply against the patch's record. A
+// patch without a digest is a classic file, whose payload the host alone has seen.
+func checkProof(tx *store.Tx, ref xapi.Ref, proof *Proof) *xapi.Error {
+	var patch Patch
+	if tx.Get(ClassPatch, ref, &patch) != nil {
+		return nil // it was removed: there is nothing to hold it against
+	}
+	stamp := sha256.Sum256([]byte(patch.InfoXML))
+	var differs string
+	switch {
+	case proof == nil:
+		differs = "it shows nothing"
+	case proof.UUID != patch.UUID:
+		differs = fmt.Sprintf("its stampfile names patch %.64s", proof.UUID)
+	case proof.Stamp != hex.EncodeToString(stamp[:]):
+		differs = "its stampfile holds something else"
+	case patch.Digest != "" && proof.Payload != patch.Digest:
+		differs = fmt.Sprintf("it ran a payload with SHA-256 %.64s, the record says %s", proof.Payload, patch.Digest)
+	default:
+		return nil
+	}
+	return xapi.NewError(xapi.PatchApplyFailed, "the host says that it has applied the patch and does not prove it: "+differs)
+}
+
+// withdrawJob ends a job that its host has not claimed: nothing of it has run, and
+// the claim that may still come is refused. One that was claimed stays.
+func (p *Pool) withdrawJob(ctx context.Context, ref xapi.Ref, why *xapi.Error) error {
+	return p.Store.Update(ctx, func(tx *store.Tx) error {
+		job, err := store.Read[Job](tx, ClassJob, ref)
+		if xapi.Is(err, xapi.HandleInvalid) || err == nil && job.State != JobQueued {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		job.State, job.Finished, job.VDI, job.Withdrawn = JobDone, p.Now(), "", true
+		job.Error = why.Description()
+		job.release()
+		tx.Put(ClassJob, ref, job)
+		if job.HostPatch != "" {
+			tx.Delete(ClassHostPatch, job.HostPatch)
+		}
+		return nil
+	})
 }
 
 // The keys of host_patch.other_config that patchd writes.
@@ -343,7 +431,6 @@ func (p *Pool) finishApply(tx *store.Tx, job Job, o Outcome) error {
 		hp.Applied, hp.TimestampApplied = true, o.At
 		hp.OtherConfig[KeyGuidance] = guidanceText(patch.AfterApplyGuidance)
 		tx.Put(ClassHostPatch, job.HostPatch, hp)
-		return p.refreshPoolApplied(tx, job.Patch, job.HostPatch)
 	}
 	return nil
 }
@@ -357,32 +444,6 @@ func guidanceText(gs []xapi.Guidance) string {
 		s += string(g)
 	}
 	return s
-}
-
-// refreshPoolApplied sets pool_applied to whether every host has the patch.
-// becoming is a host_patch that this transaction makes applied, or "".
-func (p *Pool) refreshPoolApplied(tx *store.Tx, patch, becoming xapi.Ref) error {
-	var rec Patch
-	if err := tx.Get(ClassPatch, patch, &rec); err != nil {
-		return err
-	}
-	have := map[xapi.Ref]bool{}
-	for _, ref := range tx.Refs(ClassHostPatch, "pool_patch", string(patch)) {
-		var hp HostPatch
-		if err := tx.Get(ClassHostPatch, ref, &hp); err != nil {
-			continue // deleted by this transaction
-		}
-		have[hp.Host] = have[hp.Host] || hp.Applied || ref == becoming
-	}
-	all := true
-	for _, it := range tx.List(ClassHost) {
-		all = all && have[it.Ref]
-	}
-	if rec.PoolApplied != all {
-		rec.PoolApplied = all
-		tx.Put(ClassPatch, patch, rec)
-	}
-	return nil
 }
 
 // cancelWait is how long a cancelled job may take to come to its end before

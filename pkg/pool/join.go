@@ -75,6 +75,8 @@ type JoinRequest struct {
 	Inventory Inventory          `json:"inventory"`
 	Patches   map[xapi.Ref]Patch `json:"patches"`
 	Stamps    []Stamp            `json:"stamps"`
+	// Align asks for the patches that other hosts have.
+	Align bool `json:"align,omitempty"`
 }
 
 // JoinAnswer is what the pool tells its new member.
@@ -147,7 +149,7 @@ func (p *Pool) Admit(ctx context.Context, req JoinRequest, key []byte, byUser bo
 	if err := p.Resync(ctx, req.Ref, req.Stamps); err != nil {
 		return a, fmt.Errorf("compare the stampfiles of host %s: %w", req.Host.UUID, err)
 	}
-	if err := p.settlePools(ctx); err != nil {
+	if err := p.SettlePoolApplied(ctx); err != nil {
 		return a, err
 	}
 	p.Log.WithField("host", req.Host.UUID).WithField("name", req.Host.NameLabel).Info("a host has joined the pool")
@@ -213,6 +215,9 @@ func (p *Pool) admitHost(tx *store.Tx, req JoinRequest, key []byte) error {
 	rec.Keys = []HostKey{{SPKI: key, Added: p.Now().UTC()}}
 	rec.Coordinator, rec.Away = false, time.Time{}
 	rec.take(req.Facts)
+	if delete(rec.OtherConfig, keyAlign); req.Align {
+		rec.OtherConfig[keyAlign] = "true"
+	}
 	tx.Put(ClassHost, req.Ref, rec)
 	return nil
 }
@@ -343,27 +348,6 @@ func (p *Pool) mergePatches(ctx context.Context, patches map[xapi.Ref]Patch) (fr
 	return fresh, nil
 }
 
-// settlePools makes pool_applied of every patch what it is after hosts came or went.
-func (p *Pool) settlePools(ctx context.Context) error {
-	var all []xapi.Ref
-	err := p.Store.View(func(v *store.View) error {
-		for _, it := range v.List(ClassPatch) {
-			all = append(all, it.Ref)
-		}
-		return nil
-	})
-	if err != nil {
-		return err
-	}
-	for _, ref := range all {
-		err := p.Store.Update(ctx, func(tx *store.Tx) error { return p.refreshPoolApplied(tx, ref, "") })
-		if err != nil && !xapi.Is(err, xapi.HandleInvalid) {
-			return err
-		}
-	}
-	return nil
-}
-
 // describe fills in what a new member is told of the pool.
 func (p *Pool) describe(a *JoinAnswer, host xapi.Ref) error {
 	return p.Store.View(func(v *store.View) error {
@@ -376,7 +360,7 @@ func (p *Pool) describe(a *JoinAnswer, host xapi.Ref) error {
 		}
 		_, a.Term = v.Leader()
 		var err error
-		if a.Coordinators, err = Coordinators(v); err != nil {
+		if a.Coordinators, err = coordinatorsIn(v); err != nil {
 			return err
 		}
 		has := map[xapi.Ref]bool{}
@@ -401,7 +385,15 @@ func (p *Pool) describe(a *JoinAnswer, host xapi.Ref) error {
 }
 
 // Coordinators are the hosts that lead or may lead, the leader first.
-func Coordinators(v *store.View) ([]Peer, error) {
+func (p *Pool) Coordinators() (peers []Peer, err error) {
+	err = p.Store.View(func(v *store.View) error {
+		peers, err = coordinatorsIn(v)
+		return err
+	})
+	return peers, err
+}
+
+func coordinatorsIn(v *store.View) ([]Peer, error) {
 	leader, _ := v.Leader()
 	var out []Peer
 	for _, it := range v.List(ClassHost) {

@@ -242,6 +242,24 @@ func TestEject(t *testing.T) {
 	}
 }
 
+// Whoever has the database is not kept out by taking a key away.
+func TestAHostWithTheDatabaseIsNotShutOutByItsKey(t *testing.T) {
+	r := newRig(t)
+	m, _, _, _, req := joiner(t)
+	r.admitted(req, "key")
+	ctx := t.Context()
+	r.must(r.Store.Update(ctx, func(tx *store.Tx) error {
+		h, err := store.Read[Host](tx, ClassHost, m.Self)
+		h.Coordinator = true
+		tx.Put(ClassHost, m.Self, h)
+		return err
+	}))
+	r.wantCode("revoke", r.HostRevoke(ctx, m.Self), xapi.OperationNotAllowed)
+	r.wantCode("eject", r.HostEject(ctx, m.Self, true), xapi.OperationNotAllowed)
+	r.Connected = func(xapi.Ref) bool { return false }
+	r.must(r.HostEject(ctx, m.Self, false))
+}
+
 // A patch whose image goes with a host gets another one with the same content.
 func TestAnEjectedImageHasASuccessor(t *testing.T) {
 	r := newRig(t)

@@ -57,11 +57,12 @@ func (p *Pool) JoinFacts() (req JoinRequest, err error) {
 
 // memberForgets are the classes of which a member keeps nothing.
 var memberForgets = []string{
-	ClassPatch, ClassHostPatch, ClassJob, ClassRun, ClassMessage, ClassJoinToken, task.Class, session.Class, session.ClassUser,
+	ClassPatch, ClassHostPatch, ClassJob, ClassRun, ClassRunHost, ClassMessage, ClassJoinToken, task.Class, session.Class, session.ClassUser,
 }
 
 // BecomeMember makes the store of a pool of one host that of a member of the pool
 // that a is the answer of. It may be repeated after a crash at any step.
+// No other method may be under way: PoolUUID changes.
 func (p *Pool) BecomeMember(ctx context.Context, a JoinAnswer) error {
 	for _, class := range memberForgets {
 		if err := p.forgetClass(ctx, class); err != nil {
@@ -77,7 +78,7 @@ func (p *Pool) BecomeMember(ctx context.Context, a JoinAnswer) error {
 }
 
 // LeavePool makes the store of a member that of a pool of one host again, with a
-// name of its own for that pool.
+// name of its own for that pool. No other method may be under way.
 func (p *Pool) LeavePool(ctx context.Context) error {
 	return p.belongTo(ctx, xapi.NewUUID(), "")
 }
@@ -87,7 +88,7 @@ func (p *Pool) belongTo(ctx context.Context, pool xapi.UUID, name string) error 
 	if err != nil {
 		return err
 	}
-	return p.Store.Update(ctx, func(tx *store.Tx) error {
+	err = p.Store.Update(ctx, func(tx *store.Tx) error {
 		rec, err := store.Read[PoolRecord](tx, ClassPool, ref)
 		if err != nil {
 			return err
@@ -102,6 +103,10 @@ func (p *Pool) belongTo(ctx context.Context, pool xapi.UUID, name string) error 
 		tx.Put(ClassHost, p.Self, host)
 		return nil
 	})
+	if err == nil {
+		p.PoolUUID = pool
+	}
+	return err
 }
 
 func (p *Pool) forgetClass(ctx context.Context, class string) error {

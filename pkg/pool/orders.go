@@ -50,7 +50,8 @@ type Orders struct {
 // Inventory is what a host has on its storage: records of the classes SR, PBD
 // and VDI as its own store has them.
 type Inventory struct {
-	// Full tells that Put is all there is; else Put and Gone are what changed.
+	// Full tells that Put is all there is, where a record without content only
+	// names what was told before; else Put and Gone are what changed.
 	Full bool              `json:"full"`
 	Put  []InventoryRecord `json:"put"`
 	Gone []InventoryRecord `json:"gone"` // without Record

@@ -281,11 +281,22 @@ func (p *Pool) assertUnapplied(tx *store.Tx, patch xapi.Ref) error {
 	if len(tx.Refs(ClassHostPatch, "pool_patch", string(patch))) > 0 {
 		return xapi.NewError(xapi.PatchIsApplied)
 	}
+	// A job never opens again, so one that was done a moment ago is done.
 	for _, ref := range tx.Refs(ClassJob, "patch", string(patch)) {
 		var job Job
-		if tx.Get(ClassJob, ref, &job) == nil && job.State != JobDone {
+		if tx.Peek(ClassJob, ref, &job) == nil && job.State != JobDone {
 			return xapi.NewError(xapi.OtherOperationInProgress, "Pool_patch", string(patch),
 				"a "+string(job.Kind)+" of the patch is running")
+		}
+	}
+	for _, it := range tx.List(ClassRun) {
+		var run Run
+		if err := it.Decode(&run); err != nil {
+			return err
+		}
+		if run.Patch == patch && !run.State.Ended() {
+			return xapi.NewError(xapi.OtherOperationInProgress, "Pool_patch", string(patch),
+				fmt.Sprintf("run %s of the patch is %s", run.UUID, run.State))
 		}
 	}
 	return nil
@@ -294,8 +305,9 @@ func (p *Pool) assertUnapplied(tx *store.Tx, patch xapi.Ref) error {
 // HostPatchDestroy deletes only the record that a host has a patch. Codes:
 // HANDLE_INVALID, OTHER_OPERATION_IN_PROGRESS while its apply runs.
 func (p *Pool) HostPatchDestroy(ctx context.Context, ref xapi.Ref) error {
-	return p.Store.Update(ctx, func(tx *store.Tx) error {
-		var hp HostPatch
+	var hp HostPatch
+	err := p.Store.Update(ctx, func(tx *store.Tx) error {
+		hp = HostPatch{}
 		if err := tx.Get(ClassHostPatch, ref, &hp); err != nil {
 			return err
 		}
@@ -303,11 +315,12 @@ func (p *Pool) HostPatchDestroy(ctx context.Context, ref xapi.Ref) error {
 			return p.inProgress(tx, hp.PoolPatch, hp.Host)
 		}
 		tx.Delete(ClassHostPatch, ref)
-		if tx.Has(ClassPatch, hp.PoolPatch) {
-			return p.refreshPoolApplied(tx, hp.PoolPatch, "")
-		}
 		return nil
 	})
+	if err != nil {
+		return err
+	}
+	return p.settlePoolApplied(ctx, hp.PoolPatch)
 }
 
 func (p *Pool) touch(ctx context.Context, class string, ref xapi.Ref) error {

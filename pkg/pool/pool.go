@@ -14,8 +14,10 @@
 package pool
 
 import (
+	"bytes"
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -64,14 +66,30 @@ type Pool struct {
 	// nil: there are no tickets.
 	Ticket func(reader Host, digest string) ([]byte, error)
 
+	// Seen tells since when a host is connected, or is not; nil: all are.
+	Seen func(host xapi.Ref) (since time.Time, connected bool)
+
 	// Busy tells of a job that this host works on and that is in another store; may be nil.
 	Busy func(job xapi.UUID) bool
+	// Copies is how many hosts must have the image of an upload before Confirm
+	// confirms it, CopiesTimeout how long that may take, and StageOn has a host
+	// take the image; nil: no host can be asked to.
+	Copies        int
+	CopiesTimeout time.Duration
+	StageOn       func(ctx context.Context, patch, host xapi.Ref) error
+	// Confirmed tells whether enough hosts have the bytes of a patch that a run may
+	// begin with it: nil, or why not; nil itself: every patch is.
+	Confirmed func(patch xapi.Ref) error
+
+	// Tasks are what runs by a policy are driven as; set before the first of them.
+	Tasks RunTasks
 
 	// Also is what Examine looks at beside the records and the storage; may be nil.
 	Also func(ctx context.Context) ([]Finding, error)
 
 	storage  Storage
 	fetching fetching
+	runs     runsInHand
 }
 
 // Options says who this host is and where its things lie.
@@ -92,6 +110,10 @@ type Options struct {
 	// Version is this program's version, for the host's software_version.
 	Version string
 	CPUInfo map[string]string
+	// Key is this host's public key (DER of SubjectPublicKeyInfo) and URL where
+	// its TLS listener is reached; nil and "" where there is none.
+	Key []byte
+	URL string
 }
 
 // Indexes are the relations that the records of this package are looked up by.
@@ -105,6 +127,8 @@ func Indexes() []store.Index {
 		{Class: ClassPBD, Field: "SR", Parent: ClassSR},
 		{Class: ClassPBD, Field: "host", Parent: ClassHost},
 		{Class: ClassPatch, Field: "VDI"},
+		{Class: ClassRunHost, Field: "run"},
+		{Class: ClassRunHost, Field: "host"},
 		{Class: ClassJob, Field: "host"},
 		{Class: ClassJob, Field: "patch"},
 		{Class: ClassJob, Field: "VDI"},
@@ -151,14 +175,16 @@ func (p *Pool) ensureRecords(tx *store.Tx, o Options) error {
 			UUID: o.HostUUID, NameLabel: o.Hostname, Enabled: true, Display: "enabled",
 			OtherConfig: map[string]string{}, Tags: []string{}, Logging: map[string]string{},
 			LicenseServer: map[string]string{}, GuestVCPUsParams: map[string]string{},
-			SuspendImageSR: xapi.NullRef, CrashDumpSR: xapi.NullRef,
+			SuspendImageSR: xapi.NullRef, CrashDumpSR: xapi.NullRef, Bare: true,
 		}
 	}
 	host.Hostname, host.Address, host.CPUInfo = o.Hostname, o.Address, o.CPUInfo
+	host.Coordinator, host.URL = true, o.URL
+	host.addKey(o.Key, p.Now())
 	if host.CPUInfo == nil {
 		host.CPUInfo = map[string]string{}
 	}
-	host.SoftwareVersion = softwareVersion(o.Version)
+	host.SoftwareVersion = SoftwareVersion(o.Version)
 	tx.Put(ClassHost, ref, host)
 	p.Self = ref
 
@@ -180,9 +206,42 @@ func (p *Pool) ensureRecords(tx *store.Tx, o Options) error {
 	return nil
 }
 
-// softwareVersion says 7.0 with platform 2.1.0: the last family with classic
+// keysKept is how many public keys of a host are known at a time: the present
+// one and the one before it.
+const keysKept = 2
+
+// addKey makes key the newest of the host.
+func (h *Host) addKey(key []byte, now time.Time) {
+	if key == nil {
+		return
+	}
+	for i, k := range h.Keys {
+		if bytes.Equal(k.SPKI, key) && i == len(h.Keys)-1 {
+			return
+		}
+	}
+	h.Keys = slices.DeleteFunc(h.Keys, func(k HostKey) bool { return bytes.Equal(k.SPKI, key) })
+	h.Keys = append(h.Keys, HostKey{SPKI: key, Added: now.UTC()})
+	h.Keys = h.Keys[max(0, len(h.Keys)-keysKept):]
+}
+
+// HostAddKey makes key the newest of a host; the one before stays known. Code:
+// HANDLE_INVALID.
+func (p *Pool) HostAddKey(ctx context.Context, host xapi.Ref, key []byte) error {
+	return p.Store.Update(ctx, func(tx *store.Tx) error {
+		rec, err := store.Read[Host](tx, ClassHost, host)
+		if err != nil {
+			return err
+		}
+		rec.addKey(key, p.Now())
+		tx.Put(ClassHost, host, rec)
+		return nil
+	})
+}
+
+// SoftwareVersion is what a host with that patchd says of its software: 7.0 with platform 2.1.0: the last family with classic
 // patches, so that clients which know two ways take the classic one.
-func softwareVersion(version string) map[string]string {
+func SoftwareVersion(version string) map[string]string {
 	return map[string]string{
 		"product_brand": "patchd", "product_version": "7.0.0", "product_version_text": "7.0",
 		"product_version_text_short": "7.0", "platform_name": "XCP", "platform_version": "2.1.0",
@@ -203,22 +262,6 @@ func (p *Pool) Record() (xapi.Ref, PoolRecord, error) {
 		return fmt.Errorf("the store holds no pool record")
 	})
 	return ref, rec, err
-}
-
-// IsNew tells whether the pool's first start is not done yet. first is the SR
-// that a start which was interrupted has made, or "".
-func (p *Pool) IsNew() (fresh bool, first xapi.Ref, err error) {
-	_, rec, err := p.Record()
-	if err != nil {
-		return false, "", err
-	}
-	err = p.Store.View(func(v *store.View) error {
-		if srs := v.List(ClassSR); len(srs) > 0 {
-			first = srs[0].Ref
-		}
-		return nil
-	})
-	return rec.DefaultSR.IsNull() && rec.OtherConfig[keyReady] == "", first, err
 }
 
 // keyReady in pool.other_config tells that the first start was done once: a

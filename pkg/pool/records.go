@@ -58,6 +58,8 @@ type Patch struct {
 	InfoXML string `json:"_info_xml,omitempty"`
 	// ScratchSize is the room an apply may use beside the payload, in bytes; 0: not said.
 	ScratchSize int64 `json:"_scratch_size,omitempty"`
+	// Unconfirmed is set until enough hosts have the image: see Confirm.
+	Unconfirmed *Unconfirmed `json:"_unconfirmed,omitempty"`
 }
 
 // HostPatch says that one host has a patch, or is getting it (class host_patch).
@@ -110,6 +112,8 @@ type Host struct {
 	// Leaving tells that the host is being ejected: it is no member any more,
 	// only some of its records are still there.
 	Leaving bool `json:"_leaving,omitempty"`
+	// Bare tells that the host has just come and has no first SR yet.
+	Bare bool `json:"_bare,omitempty"`
 }
 
 // HostKey is one public key of a host.

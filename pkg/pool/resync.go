@@ -38,27 +38,25 @@ func (p *Pool) Resync(ctx context.Context, host xapi.Ref, stamps []Stamp) error 
 }
 
 func (p *Pool) resyncStamp(ctx context.Context, host xapi.Ref, s Stamp) error {
-	return p.Store.Update(ctx, func(tx *store.Tx) error {
-		patch, known := tx.ByUUID(ClassPatch, s.Patch.UUID)
+	var patch xapi.Ref
+	err := p.Store.Update(ctx, func(tx *store.Tx) error {
+		var known bool
+		patch, known = tx.ByUUID(ClassPatch, s.Patch.UUID)
 		if !known {
 			rec := s.Patch
 			rec.VDI, rec.Size, rec.OtherConfig = xapi.NullRef, 0, map[string]string{}
 			patch = xapi.NewRef()
 			tx.Put(ClassPatch, patch, rec)
 		}
-		for _, ref := range tx.Refs(ClassHostPatch, "pool_patch", string(patch)) {
+		for _, ref := range hostPatchesOf(tx, patch, host) {
 			var hp HostPatch
 			if err := tx.Get(ClassHostPatch, ref, &hp); err != nil {
 				return err
-			}
-			if hp.Host != host {
-				continue
 			}
 			if !hp.Applied && hp.OtherConfig[KeyState] == StateUnknown {
 				delete(hp.OtherConfig, KeyState)
 				hp.Applied, hp.TimestampApplied = true, s.Applied
 				tx.Put(ClassHostPatch, ref, hp)
-				return p.refreshPoolApplied(tx, patch, ref)
 			}
 			return nil
 		}
@@ -67,8 +65,12 @@ func (p *Pool) resyncStamp(ctx context.Context, host xapi.Ref, s Stamp) error {
 			UUID: xapi.NewUUID(), Host: host, PoolPatch: patch, Applied: true, TimestampApplied: s.Applied,
 			OtherConfig: map[string]string{KeyGuidance: guidanceText(s.Patch.AfterApplyGuidance)},
 		})
-		return p.refreshPoolApplied(tx, patch, hp)
+		return nil
 	})
+	if err != nil {
+		return err
+	}
+	return p.settlePoolApplied(ctx, patch)
 }
 
 // dropUnstamped drops the host_patches that claim to be applied and have no
@@ -104,7 +106,8 @@ func (p *Pool) dropUnstamped(ctx context.Context, host xapi.Ref, seen map[xapi.U
 }
 
 func (p *Pool) dropHostPatch(ctx context.Context, ref xapi.Ref) error {
-	return p.Store.Update(ctx, func(tx *store.Tx) error {
+	var patch xapi.Ref
+	err := p.Store.Update(ctx, func(tx *store.Tx) error {
 		hp, err := store.Read[HostPatch](tx, ClassHostPatch, ref)
 		if xapi.Is(err, xapi.HandleInvalid) || err == nil && !hp.Applied {
 			return nil
@@ -113,9 +116,11 @@ func (p *Pool) dropHostPatch(ctx context.Context, ref xapi.Ref) error {
 			return err
 		}
 		tx.Delete(ClassHostPatch, ref)
-		if !tx.Has(ClassPatch, hp.PoolPatch) {
-			return nil
-		}
-		return p.refreshPoolApplied(tx, hp.PoolPatch, "")
+		patch = hp.PoolPatch
+		return nil
 	})
+	if err != nil || patch == "" {
+		return err
+	}
+	return p.settlePoolApplied(ctx, patch)
 }

@@ -1,7 +1,5 @@
 package pool
 
-import "github.com/patchd/patchd/pkg/xapi"
-
 // Rank is what a host is in its pool.
 type Rank string
 
@@ -11,18 +9,6 @@ const (
 	RankStandby     Rank = "standby"     // it has the pool database and may lead
 	RankMember      Rank = "member"      // it was joined
 )
-
-// Role is the place of a host in its pool, as it knows it itself.
-type Role struct {
-	Rank     Rank      `json:"rank"`
-	Host     xapi.UUID `json:"host"`
-	Pool     xapi.UUID `json:"pool"`
-	PoolName string    `json:"pool_name"`
-	// Coordinator is where the pool's coordinator is reached, "" when nobody
-	// knows; Connected tells whether this host has a link to it.
-	Coordinator string `json:"coordinator"`
-	Connected   bool   `json:"connected"`
-}
 
 // JoinSpec says which pool to join, and how.
 type JoinSpec struct {

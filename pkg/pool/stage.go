@@ -405,16 +405,3 @@ func reaches(v *store.View, host, sr xapi.Ref) bool {
 	}
 	return false
 }
-
-// hostName is how texts name a host.
-func (p *Pool) hostName(ref xapi.Ref) string {
-	var rec Host
-	err := p.Store.View(func(v *store.View) (err error) {
-		rec, err = store.Get[Host](v, ClassHost, ref)
-		return err
-	})
-	if err != nil {
-		return string(ref)
-	}
-	return fmt.Sprintf("%s (%s)", rec.NameLabel, rec.UUID)
-}

@@ -281,7 +281,9 @@ func (p *Pool) sr(ref xapi.Ref) (rec SR, err error) {
 }
 
 // SRCandidates lists what sr.Choose chooses from, and the pool's default SR.
-// It must be called on the coordinator: plugged means plugged here.
+// It must be called on the coordinator: plugged means plugged here. Where the
+// default is the SR of another host, one that leads now has its own first SR in
+// its place.
 func (p *Pool) SRCandidates(context.Context) (defaultSR xapi.Ref, cs []sr.Candidate, err error) {
 	_, pool, err := p.Record()
 	if err != nil {
@@ -302,7 +304,41 @@ func (p *Pool) SRCandidates(context.Context) (defaultSR xapi.Ref, cs []sr.Candid
 		}
 		return nil
 	})
-	return pool.DefaultSR.OrNull(), cs, err
+	if err != nil {
+		return xapi.NullRef, nil, err
+	}
+	def := pool.DefaultSR.OrNull()
+	if instead, err := p.insteadOf(def); err != nil || instead != "" {
+		return instead, cs, err
+	}
+	return def, cs, nil
+}
+
+// insteadOf gives this host's first SR where the pool's default is one that only
+// other hosts are linked to; else "".
+func (p *Pool) insteadOf(def xapi.Ref) (own xapi.Ref, err error) {
+	theirs := false
+	err = p.Store.View(func(v *store.View) error {
+		for _, ref := range v.Refs(ClassPBD, "SR", string(def)) {
+			pbd, err := store.Get[PBD](v, ClassPBD, ref)
+			if err != nil {
+				return err
+			}
+			if pbd.Host == p.Self {
+				theirs = false
+				return nil
+			}
+			theirs = true
+		}
+		return nil
+	})
+	if err != nil || !theirs {
+		return "", err
+	}
+	if own, err = p.ownSR(); err != nil || p.storage.repository(own) == nil {
+		return "", err
+	}
+	return own, nil
 }
 
 // inSR gives err the words of OUT_OF_SPACE ["name (uuid)"] when it says that

@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"io"
 	"os"
@@ -26,20 +28,20 @@ import (
 // in memory that clones, and one point that every effect of a driver passes.
 type rig struct {
 	*Pool
-	t     *testing.T
+	t     testing.TB
 	dir   string
 	mem   *memory.Driver
 	uuid  xapi.UUID               // of the host; "": always the same one
 	point func(name string) error // nil: nothing happens
 }
 
-func newRig(t *testing.T) *rig {
+func newRig(t testing.TB) *rig {
 	t.Helper()
 	return newRigOf(t, "")
 }
 
 // newRigOf is a rig of another host.
-func newRigOf(t *testing.T, uuid xapi.UUID) *rig {
+func newRigOf(t testing.TB, uuid xapi.UUID) *rig {
 	t.Helper()
 	r := &rig{t: t, dir: t.TempDir(), mem: &memory.Driver{Clones: true}, uuid: uuid}
 	r.open(filepath.Join(r.dir, "db"))
@@ -253,10 +255,24 @@ func (r *rig) wantTidy(when string) {
 	}
 }
 
-// finish is JobFinish by the host that holds the newest claim.
+// finish is JobFinish by the host that holds the newest claim, with a proof of what
+// worked.
 func (r *rig) finish(ctx context.Context, ref xapi.Ref, o Outcome) error {
 	if job, err := r.Job(ref); err == nil {
 		o.Attempt = job.Attempt
+		if job.Kind == JobApply && o.Err == nil {
+			o.Proof = proofOf(r.Pool, job.Patch)
+		}
 	}
 	return r.JobFinish(ctx, ref, o)
+}
+
+// proofOf is what an honest host shows for a patch.
+func proofOf(p *Pool, ref xapi.Ref) *Proof {
+	rec, err := p.patch(ref)
+	if err != nil {
+		return nil
+	}
+	sum := sha256.Sum256([]byte(rec.InfoXML))
+	return &Proof{Stamp: hex.EncodeToString(sum[:]), Payload: rec.Digest, UUID: rec.UUID, Version: rec.Version}
 }

@@ -34,6 +34,9 @@ type Config struct {
 
 	Address string `toml:"address" help:"address by which clients and other hosts reach this one"`
 
+	Copies        int64    `toml:"copies" help:"how many hosts must have an uploaded patch before the upload ends; 0: 2 with --store, else 1"`
+	CopiesTimeout Duration `toml:"copies-timeout" help:"how long that may take before the upload fails"`
+
 	PrecheckTimeout  Duration `toml:"precheck-timeout" help:"how long a patch's precheck may take"`
 	ApplyTimeout     Duration `toml:"apply-timeout" help:"how long a patch's apply may take"`
 	GraceTimeout     Duration `toml:"grace-timeout" help:"time between TERM and KILL when a patch is ended"`
@@ -79,6 +82,7 @@ func (d Duration) String() string { return time.Duration(d).String() }
 func DefaultConfig() Config {
 	return Config{
 		StateDir: "/var/lib/patchd", Listen: "127.0.0.1:8080", TLSListen: ":8443", PatchDir: "/var/patch",
+		CopiesTimeout:   Duration(2 * time.Minute),
 		PrecheckTimeout: Duration(10 * time.Minute), ApplyTimeout: Duration(6 * time.Hour),
 		GraceTimeout: Duration(10 * time.Second), StallTimeout: Duration(5 * time.Minute),
 		UploadExpiry:     Duration(upload.DefaultUploadExpiry),
@@ -197,6 +201,19 @@ func (c *Config) Validate() error {
 		}
 		*dir = abs
 	}
+	for name, file := range map[string]*string{"store-ca": &c.StoreCA, "store-cert": &c.StoreCert, "store-key": &c.StoreKey} {
+		if *file == "" {
+			continue
+		}
+		abs, err := filepath.Abs(*file)
+		if err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+		*file = abs
+	}
+	if c.Copies < 0 || c.Copies > maxCopies {
+		return fmt.Errorf("copies: %d is not between 0 and %d", c.Copies, maxCopies)
+	}
 	for name, addr := range map[string]string{"listen": c.Listen, "tls-listen": c.TLSListen} {
 		if addr == "" {
 			continue
@@ -221,3 +238,17 @@ func (c *Config) Validate() error {
 
 // layout is the layout writer of disk images.
 func (c *Config) layout() (vdi.LayoutKind, error) { return vdi.ParseLayout(c.ImageLayout) }
+
+// maxCopies bounds the setting copies.
+const maxCopies = 100
+
+// copies is how many hosts must have an upload before it ends.
+func (c *Config) copies() int {
+	switch {
+	case c.Copies > 0:
+		return int(c.Copies)
+	case c.Store != "":
+		return 2
+	}
+	return 1
+}

@@ -28,29 +28,14 @@ type crowd struct {
 }
 
 // crowdLimit is how many connections the listeners on the network may hold
-// together: what the process may open, less what it needs for itself.
+// together: what the process may open, less what it needs for itself. The Go
+// runtime has raised that to what the system allows before main began.
 func crowdLimit() int {
-	files := raiseFiles()
-	if files <= 0 || files > 1<<20 {
+	var lim syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &lim); err != nil || lim.Cur > 1<<20 {
 		return maxConnections
 	}
-	return min(maxConnections, max(64, (files-ownFiles)*3/4))
-}
-
-// raiseFiles lets the process open as many files as the system allows it, and
-// gives that number; 0 when it cannot be told. Programs that it starts get the
-// number back that it was started with.
-func raiseFiles() int {
-	var lim syscall.Rlimit
-	if syscall.Getrlimit(syscall.RLIMIT_NOFILE, &lim) != nil {
-		return 0
-	}
-	soft := lim.Cur
-	lim.Cur = lim.Max
-	if syscall.Setrlimit(syscall.RLIMIT_NOFILE, &lim) != nil {
-		lim.Cur = soft
-	}
-	return int(min(lim.Cur, 1<<30))
+	return min(maxConnections, max(64, (int(lim.Cur)-ownFiles)*3/4))
 }
 
 // admit counts a connection in; nil when there is no place for it.

@@ -10,15 +10,16 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"net/http"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/sirupsen/logrus"
 
 	"github.com/patchd/patchd/pkg/agent"
 	"github.com/patchd/patchd/pkg/dom0"
+	"github.com/patchd/patchd/pkg/link"
 	"github.com/patchd/patchd/pkg/pool"
 	"github.com/patchd/patchd/pkg/session"
 	"github.com/patchd/patchd/pkg/sr/all"
@@ -42,7 +43,8 @@ type Server struct {
 	identity *trust.Identity
 
 	store    *store.Store
-	leader   *store.Leadership
+	leader   *store.Leadership                // of the goroutine that plays the roles
+	leads    atomic.Pointer[store.Leadership] // once it answers for the pool
 	pool     *pool.Pool
 	tasks    *task.Manager
 	sessions *session.Manager
@@ -51,8 +53,17 @@ type Server struct {
 	cli      *thincli.Handler
 	uploads  *upload.Handler
 
-	version string
-	runner  []string
+	hostUUID xapi.UUID
+	hostname string
+	version  string
+	runner   []string
+	member   *membership             // as it was at the start; nil: this host is none
+	link     *link.Client            // to the coordinator; nil on one that has the embedded database
+	told     *inventory              // of a member: what the coordinator knows of its storage
+	hub      *link.Hub               // of the coordinator, while it leads
+	joining  atomic.Bool             // this host has asked another pool to take it in
+	reopen   context.CancelCauseFunc // ends Run; set by it
+	lent     bool                    // the state directory's lock is Serve's
 	// FirstPassword is root's password when this start has generated it.
 	FirstPassword string
 }
@@ -64,6 +75,51 @@ type Options struct {
 	// Runner is the command line of `patchd runner`; the default is this
 	// program itself.
 	Runner []string
+
+	state *stateDir // locked by Serve; nil: Open takes the lock
+}
+
+// ErrDeposed is how Run ends when another host has taken the lead, or may have:
+// the daemon is to be closed and opened again.
+var ErrDeposed = errors.New("this host no longer leads the pool")
+
+// Serve runs a daemon until ctx ends. Where it is deposed it opens again in
+// place, as a start does; the lock of the state directory is held all the while.
+// ready is called whenever calls are answered.
+func Serve(ctx context.Context, c Config, o Options, ready func(*Server)) error {
+	state, err := openStateDir(c.StateDir)
+	if err != nil {
+		return err
+	}
+	o.state = &state
+	for {
+		err = serveOnce(ctx, c, o, ready)
+		if ctx.Err() != nil && (opensAgain(err) || errors.Is(err, context.Canceled)) {
+			err = nil
+		}
+		if !opensAgain(err) {
+			return errors.Join(err, state.close())
+		}
+		o.Log.WithError(err).Warn("the daemon opens again, in another role")
+	}
+}
+
+// opensAgain tells whether a daemon that ended so has to be opened again.
+func opensAgain(err error) bool { return errors.Is(err, ErrDeposed) || errors.Is(err, errReopen) }
+
+func serveOnce(ctx context.Context, c Config, o Options, ready func(*Server)) error {
+	s, err := Open(ctx, c, o)
+	if err != nil {
+		return err
+	}
+	err = s.Run(ctx, func() { ready(s) })
+	o.Log.Info("patchd is stopping")
+	cerr := s.Close()
+	if opensAgain(err) && cerr != nil {
+		o.Log.WithError(cerr).Warn("not all was let go of in order")
+		cerr = nil
+	}
+	return errors.Join(err, cerr)
 }
 
 // Open starts everything but the jobs: after it the listeners answer, with
@@ -80,10 +136,12 @@ func Open(ctx context.Context, c Config, o Options) (_ *Server, err error) {
 	}
 	var undo xapi.Undo
 	defer func() { err = undo.Close(ctx, err) }()
-	if s.state, err = openStateDir(c.StateDir); err != nil {
+	if o.state != nil {
+		s.state, s.lent = *o.state, true
+	} else if s.state, err = openStateDir(c.StateDir); err != nil {
 		return nil, err
 	}
-	undo.Push("unlock", func(context.Context) error { return s.state.close() })
+	undo.Push("unlock", func(context.Context) error { return s.unlock() })
 	s.dom0, err = dom0.New(dom0.Options{Log: s.log, Hide: []string{c.StateDir}, CgroupPrefix: groupPrefix(c.StateDir)})
 	if err != nil {
 		return nil, err
@@ -104,22 +162,29 @@ func Open(ctx context.Context, c Config, o Options) (_ *Server, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := s.openStore(ctx, full); err != nil {
+	if s.hostname, err = os.Hostname(); err != nil {
 		return nil, err
 	}
-	undo.Push("close store", func(context.Context) error { return s.store.Close() })
-	hostname, err := os.Hostname()
-	if err != nil {
-		return nil, err
-	}
-	if s.identity, err = s.state.identity(hostname); err != nil {
+	if s.identity, err = s.state.identity(s.hostname); err != nil {
 		return nil, fmt.Errorf("make the TLS certificate: %w", err)
 	}
 	if s.ways, err = openListeners(c, s.state, s.identity, s.log); err != nil {
 		return nil, err
 	}
 	undo.Push("close listeners", func(context.Context) error { s.ways.close(0); return nil })
-	return s, s.openPool(ctx, hostname)
+	if err := s.openStore(ctx, full); err != nil {
+		return nil, err
+	}
+	undo.Push("close store", func(context.Context) error { return s.store.Close() })
+	return s, s.openPool(ctx)
+}
+
+// unlock gives the state directory's lock back, unless it is lent.
+func (s *Server) unlock() error {
+	if s.lent {
+		return nil
+	}
+	return s.state.close()
 }
 
 // groupPrefix is the folder of this daemon's control groups: another patchd on
@@ -130,11 +195,16 @@ func groupPrefix(stateDir string) string {
 }
 
 func (s *Server) openStore(ctx context.Context, full bool) error {
+	if s.config.Store == "" {
+		if err := s.state.assertNotMoved(); err != nil {
+			return err
+		}
+	}
 	indexes := append(pool.Indexes(), task.Indexes()...)
 	indexes = append(indexes, session.Indexes()...)
 	o := storeOptions(s.config, s.state, s.log)
 	o.Indexes = indexes
-	st, err := store.Open(ctx, o)
+	st, err := s.reachStore(ctx, o)
 	if err != nil && full {
 		return fmt.Errorf("the pool database cannot be opened while the disk is full: make room on the filesystem of %s and start again: %w", s.config.StateDir, err)
 	}
@@ -145,23 +215,56 @@ func (s *Server) openStore(ctx context.Context, full bool) error {
 	return nil
 }
 
-// openPool makes the services and, at the very first start, the pool.
-func (s *Server) openPool(ctx context.Context, hostname string) error {
-	host, err := s.state.hostUUID()
-	if err != nil {
+// How long a cluster may take to be opened, and the pause until it is tried
+// again where it does not answer.
+const (
+	storePatience = 10 * time.Second
+	storePause    = time.Second
+)
+
+// reachStore opens the database. A cluster that does not answer is waited for,
+// as long as ctx lasts: after a power cut all begin at once.
+func (s *Server) reachStore(ctx context.Context, o store.Options) (*store.Store, error) {
+	if o.URL == "" {
+		return store.Open(ctx, o)
+	}
+	for {
+		limit, cancel := context.WithTimeout(ctx, storePatience)
+		st, err := store.Open(limit, o)
+		cancel()
+		if err == nil || ctx.Err() != nil || !store.Unreachable(err) {
+			return st, err
+		}
+		s.log.WithError(err).Warn("the pool database does not answer; it is tried again")
+		select {
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		case <-time.After(storePause):
+		}
+	}
+}
+
+// openPool makes the services and, at the very first start, the pool. Nobody
+// but this host can lead on the embedded database: it does so at once.
+func (s *Server) openPool(ctx context.Context) (err error) {
+	if s.hostUUID, err = s.state.hostUUID(); err != nil {
 		return err
 	}
-	if s.leader, err = s.store.Campaign(ctx, string(host)); err != nil {
-		return fmt.Errorf("become the pool's coordinator: %w", err)
+	if s.config.Store == "" {
+		if s.leader, err = s.store.Campaign(ctx, string(s.hostUUID)); err != nil {
+			return fmt.Errorf("become the pool's coordinator: %w", err)
+		}
 	}
 	s.pool, err = pool.Open(ctx, pool.Options{
-		Store: s.store, Log: s.log, Drivers: all.Drivers(), HostUUID: host, Hostname: hostname,
-		Address: s.address(), PatchDir: s.config.PatchDir, OwnDirs: s.ownDirs(), KeepFree: s.state.keepFree(s.dom0), Version: s.version,
+		Store: s.store, Log: s.log, Drivers: all.Drivers(), HostUUID: s.hostUUID, Hostname: s.hostname,
+		Address: s.address(), Key: s.identity.SPKI(), URL: s.url(),
+		PatchDir: s.config.PatchDir, OwnDirs: s.ownDirs(), KeepFree: s.state.keepFree(s.dom0), Version: s.version,
 		Dom0: s.dom0, MountDir: s.state.path("mnt"),
 	})
 	if err != nil {
 		return err
 	}
+	s.pool.Copies, s.pool.CopiesTimeout = s.config.copies(), time.Duration(s.config.CopiesTimeout)
 	secret, err := s.state.poolSecret()
 	if err != nil {
 		return err
@@ -174,21 +277,24 @@ func (s *Server) openPool(ctx context.Context, hostname string) error {
 	if err != nil {
 		return err
 	}
-	if err := s.ensureRoot(ctx); err != nil {
+	if err := s.openLink(ctx); err != nil {
 		return err
 	}
+	coordinator, storage := s.agentServes()
 	s.agent = agent.New(agent.Options{
-		Coordinator: s.pool, Storage: s.pool, Dom0: s.dom0, Log: s.log,
+		Coordinator: coordinator, Storage: storage, Dom0: s.dom0, Log: s.log,
 		Self: s.pool.Self, SelfUUID: s.pool.SelfUUID, PoolUUID: s.pool.PoolUUID,
 		JobsDir: s.state.path("jobs"), PatchDir: s.config.PatchDir, KeysDir: s.keysDir(), Pinned: s.config.PinnedSHA256,
 		Attested: s.attested(),
 		Runner:   s.runner, MaxCleartext: s.config.MaxCleartext, Layout: s.layout, KeepFree: s.state.keepFree(s.dom0),
+		KeepQueued: s.config.Store != "" || s.member != nil,
 		Timeouts: agent.Timeouts{
 			Precheck: time.Duration(s.config.PrecheckTimeout), Apply: time.Duration(s.config.ApplyTimeout),
 			Grace: time.Duration(s.config.GraceTimeout),
 		},
 	})
-	s.pool.Local, s.pool.Also = s.agent, s.examine
+	s.pool.Local, s.pool.Also, s.pool.Tasks = s.agent, s.examine, s.tasks
+	s.pool.Confirmed = s.pool.PatchConfirmed
 	return os.MkdirAll(s.keysDir(), 0o755)
 }
 
@@ -199,208 +305,106 @@ func (s *Server) ownDirs() []string {
 
 func (s *Server) keysDir() string { return s.state.path("trusted-keys") }
 
-// address is what the host record and HOST_IS_SLAVE tell: what was configured,
-// or the address of the plain listener.
-func (s *Server) address() string {
-	if s.config.Address != "" {
-		return s.config.Address
-	}
-	host, _, err := net.SplitHostPort(s.config.Listen)
-	if err != nil || host == "" {
-		return "127.0.0.1"
-	}
-	return host
-}
-
-// ensureRoot gives root a password at the first start.
-func (s *Server) ensureRoot(ctx context.Context) error {
-	have, err := s.sessions.HasUser("root")
-	if err != nil || have {
-		return err
-	}
-	password := os.Getenv("PATCHD_ROOT_PASSWORD")
-	if password == "" {
-		if password, err = s.state.text("root-password", randomPassword); err != nil {
-			return err
-		}
-		s.FirstPassword = password
-	}
-	_, err = s.sessions.EnsureRoot(ctx, password)
-	return err
-}
-
-func randomPassword() string { return string(xapi.NewUUID()) }
-
 // Addresses are those the listeners have in fact: plain HTTP and TLS; nil
 // where there is none.
 func (s *Server) Addresses() (plain, tls net.Addr) { return s.ways.Addr, s.ways.TLSAddr }
 
-// Run repairs what was left, then serves until ctx ends. ready is called when
-// calls are answered.
+// Run mends what was left on this host, then serves until ctx ends: as the
+// coordinator where it leads, else it stands by until it does. ready is called
+// when calls are answered. The error is ErrDeposed when another host leads.
 func (s *Server) Run(ctx context.Context, ready func()) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	if err := s.repair(ctx); err != nil {
+	s.reopen = cancel
+	if err := s.repairHost(ctx); err != nil {
 		return fmt.Errorf("repair at start: %w", err)
 	}
-	handler, err := s.routes(ctx)
-	if err != nil {
-		return err
-	}
-	defer s.uploads.Close()
-	s.ways.setHandler(handler)
 	boundMemory()
-	if ready != nil {
-		ready()
-	}
 	var wg sync.WaitGroup
-	wg.Go(func() { cancel(s.agent.Run(ctx)) })
-	wg.Go(func() { s.every(ctx, housekeepingEvery, "housekeeping", s.keepHouse) })
-	wg.Go(func() { s.every(ctx, sweepEvery, "the sweep", s.pool.Sweep) })
-	wg.Go(func() { s.every(ctx, replugEvery, "plugging SRs that were away", s.pool.ReplugFailed) })
-	wg.Go(func() {
-		s.pool.Scrub(ctx, pool.ScrubOptions{Interval: time.Duration(s.config.ScrubInterval), Rate: s.config.ScrubRate})
-	})
-	wg.Go(func() {
-		select {
-		case <-s.leader.Done():
-			cancel(errors.New("this process no longer leads the pool"))
-		case <-ctx.Done():
+	serving := func() {
+		wg.Go(func() { cancel(s.runAgent(ctx)) })
+		wg.Go(func() { s.every(ctx, housekeepingEvery, "housekeeping of the host", s.keepHost) })
+		wg.Go(func() { s.every(ctx, sweepEvery, "the sweep", s.pool.Sweep) })
+		wg.Go(func() { s.every(ctx, replugEvery, "plugging SRs that were away", s.pool.ReplugFailed) })
+		wg.Go(func() {
+			s.pool.Scrub(ctx, pool.ScrubOptions{Interval: time.Duration(s.config.ScrubInterval), Rate: s.config.ScrubRate})
+		})
+		if ready != nil {
+			ready()
 		}
-	})
+	}
+	wg.Go(func() { cancel(s.play(ctx, serving)) })
 	<-ctx.Done()
-	s.tasks.Stop()
-	s.cli.Close()
-	s.uploads.Close()
-	s.ways.close(stopGrace)
 	wg.Wait()
+	s.leave()
 	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
 		return err
 	}
 	return nil
 }
 
+// play takes the roles of this host one after another. serving is called once,
+// when calls are answered.
+func (s *Server) play(ctx context.Context, serving func()) error {
+	if s.member != nil {
+		return s.serveMember(ctx, serving)
+	}
+	if s.leader == nil {
+		if err := s.stand(ctx, serving); err != nil {
+			return err
+		}
+		serving = func() {}
+	}
+	return s.lead(ctx, serving)
+}
+
+// leave lets another host lead, at once, and then ends the calls under way.
+func (s *Server) leave() {
+	if s.leader != nil && s.config.Store != "" {
+		ctx, cancel := context.WithTimeout(context.Background(), stopGrace)
+		defer cancel()
+		if err := s.leader.Abdicate(ctx); err != nil {
+			s.log.WithError(err).Warn("the lead could not be given back; it ends by itself in a moment")
+		}
+	}
+	s.ways.close(stopGrace)
+}
+
 // stopGrace is how long calls may go on after SIGTERM.
 const stopGrace = 2 * time.Second
 
-// repair makes true what must be true after every start: every undo ran, every
-// task that nothing durable owns has ended.
-func (s *Server) repair(ctx context.Context) error {
-	if err := s.ensureStorage(ctx); err != nil {
+// repairHost makes true what must be true of this host after every start,
+// whoever leads: every undo of its own ran, its SRs are plugged, its jobs of an
+// earlier process are settled, and the records know its stampfiles.
+func (s *Server) repairHost(ctx context.Context) error {
+	if err := s.pool.RepairStorage(ctx); err != nil {
+		return fmt.Errorf("repair the storage: %w", err)
+	}
+	err := s.pool.EnsureFirstSR(ctx, pool.SRSpec{
+		Type: "file", NameLabel: "Local storage", ContentType: "user",
+		NameDescription: "made at the first start", DeviceConfig: map[string]string{"location": s.state.path("sr")},
+		SMConfig: map[string]string{},
+	})
+	if err != nil {
 		return err
 	}
+	if s.member != nil {
+		return nil // its jobs are the coordinator's: see runAgent
+	}
+	return s.recoverJobs(ctx)
+}
+
+// recoverJobs settles the jobs of an earlier process of this host, and compares
+// stampfiles with records.
+func (s *Server) recoverJobs(ctx context.Context) error {
 	if err := s.agent.Recover(ctx); err != nil {
 		// A job that cannot be settled now is tried again at the next start;
 		// it must not keep an admin from the pool.
 		s.log.WithError(err).Error("some jobs of an earlier process could not be settled")
 	}
-	owned, err := s.resume(ctx)
-	if err != nil {
-		return err
-	}
-	drafts, err := s.pool.Drafts()
-	if err != nil {
-		return err
-	}
-	uploads := upload.DraftTasks(drafts)
-	if err := s.tasks.Repair(ctx, func(ref xapi.Ref) bool { return owned[ref] || uploads[ref] || s.pool.OwnsTask(ref) }); err != nil {
-		return err
-	}
 	if err := s.agent.ResyncStamps(ctx); err != nil {
 		return fmt.Errorf("compare stampfiles with records: %w", err)
 	}
-	return s.pool.ImportPatchDir(ctx)
-}
-
-// ensureStorage plugs the SRs, and makes the first one of a new pool.
-func (s *Server) ensureStorage(ctx context.Context) error {
-	if err := s.pool.EnsureSM(ctx); err != nil {
-		return err
-	}
-	if err := s.pool.RepairStorage(ctx); err != nil {
-		return fmt.Errorf("repair the storage: %w", err)
-	}
-	fresh, ref, err := s.pool.IsNew()
-	if err != nil || !fresh {
-		return err
-	}
-	if ref != "" {
-		return s.pool.SetDefaultSR(ctx, ref)
-	}
-	ref, err = s.pool.SRCreate(ctx, pool.SRSpec{
-		Host: s.pool.Self, Type: "file", NameLabel: "Local storage", ContentType: "user",
-		NameDescription: "made at the first start", DeviceConfig: map[string]string{"location": s.state.path("sr")},
-		SMConfig: map[string]string{},
-	})
-	if err != nil {
-		return fmt.Errorf("make the first SR: %w", err)
-	}
-	return s.pool.SetDefaultSR(ctx, ref)
-}
-
-// resume takes up the tasks whose work is durable: open runs, copies of VDIs, and
-// jobs, also those that ended while nobody could tell their task.
-func (s *Server) resume(ctx context.Context) (map[xapi.Ref]bool, error) {
-	owned := map[xapi.Ref]bool{}
-	refs, runs, err := s.pool.OpenRuns()
-	if err != nil {
-		return nil, err
-	}
-	for i, run := range runs {
-		owned[run.Task] = true
-		err := s.takeUp(ctx, run.Task, func(ctx context.Context) (string, error) {
-			return "", s.pool.ContinueRun(pool.Resuming(ctx), refs[i])
-		})
-		if err != nil {
-			return nil, err
-		}
-	}
-	err = s.pool.ResumeCopies(ctx, func(ref xapi.Ref, work func(context.Context) (string, error)) error {
-		return s.takeUp(ctx, ref, work)
-	})
-	if err != nil {
-		return nil, err
-	}
-	jobs, err := s.pool.TaskJobs()
-	if err != nil {
-		return nil, err
-	}
-	for ref, job := range jobs {
-		if rec, err := s.tasks.Get(ref); err != nil || rec.Status.Finished() || owned[ref] {
-			continue
-		}
-		owned[ref] = true
-		if err := s.takeUp(ctx, ref, func(ctx context.Context) (string, error) { return s.jobResult(ctx, job) }); err != nil {
-			return nil, err
-		}
-	}
-	return owned, nil
-}
-
-// jobResult is the outcome of a job as its task tells it: pool_patch.pool_apply
-// gives no text.
-func (s *Server) jobResult(ctx context.Context, ref xapi.Ref) (string, error) {
-	text, err := s.pool.JobResult(ctx, ref)
-	if job, jerr := s.pool.Job(ref); jerr == nil && job.Run != "" {
-		text = ""
-	}
-	return text, err
-}
-
-// takeUp drives the task of resumed work. A task that is gone does not keep
-// the work from going on: it gets another one.
-func (s *Server) takeUp(ctx context.Context, ref xapi.Ref, f func(context.Context) (string, error)) error {
-	if _, err := s.tasks.Get(ref); xapi.Is(err, xapi.HandleInvalid) {
-		h, err := s.tasks.Begin(ctx, task.Spec{Label: "pool_patch.pool_apply", Description: "goes on after a restart"})
-		if err != nil {
-			return err
-		}
-		ref = h.Ref()
-	}
-	s.tasks.Go(ref, func(ctx context.Context, _ *task.Handle) (string, error) {
-		text, err := f(ctx)
-		return xmlValue(text), err
-	})
 	return nil
 }
 
@@ -430,10 +434,15 @@ func (s *Server) every(ctx context.Context, pause time.Duration, what string, f 
 	}
 }
 
-func (s *Server) keepHouse(ctx context.Context) error {
+// keepHost is the housekeeping of every host.
+func (s *Server) keepHost(context.Context) error {
 	boundMemory()
 	_, err := s.state.useReserve(s.dom0, s.log)
-	return errors.Join(s.tasks.GC(ctx), s.pool.CollectJobs(ctx), s.sessions.GC(ctx), s.forgetAttested(), err)
+	renewed, kerr := s.identity.Renew(time.Now())
+	if renewed {
+		s.log.Info("this host has a new certificate for its key")
+	}
+	return errors.Join(s.forgetAttested(), kerr, err)
 }
 
 // Close ends everything; runners go on.
@@ -443,11 +452,5 @@ func (s *Server) Close() error {
 	defer cancel()
 	err := s.pool.DetachStorage(ctx)
 	s.sessions.Close()
-	return errors.Join(err, s.store.Close(), s.dom0.Close(), s.state.close())
-}
-
-// healthz answers 200: until start-up is done another handler answers.
-func healthz(w http.ResponseWriter, _ *http.Request) {
-	w.Header().Set("Content-Type", "text/plain")
-	fmt.Fprintln(w, "ok")
+	return errors.Join(err, s.store.Close(), s.dom0.Close(), s.unlock())
 }

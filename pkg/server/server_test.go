@@ -135,9 +135,20 @@ func TestResume(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	half := xapi.NewRef()
+	uploader, err := s.tasks.Create(ctx, task.Spec{Label: "of an upload that is not confirmed"})
+	if err != nil {
+		t.Fatal(err)
+	}
 	err = s.store.Update(ctx, func(tx *store.Tx) error {
+		tx.Put(pool.ClassPatch, half, pool.Patch{UUID: xapi.NewUUID(), VDI: xapi.NullRef, Unconfirmed: &pool.Unconfirmed{Task: uploader, Since: time.Now()}})
 		tx.Put(pool.ClassPatch, patch, pool.Patch{UUID: xapi.NewUUID(), NameLabel: "p", VDI: xapi.NullRef, AfterApplyGuidance: []xapi.Guidance{}})
-		tx.Put(pool.ClassRun, run, pool.Run{UUID: xapi.NewUUID(), Patch: patch, Task: xapi.NewRef(), Hosts: []xapi.Ref{s.pool.Self}})
+		of := xapi.NewUUID()
+		tx.Put(pool.ClassRun, run, pool.Run{
+			UUID: of, Patch: patch, Task: xapi.NewRef(), State: pool.RunRunning, Classic: true, Waves: []string{"all"}, Total: 1,
+			Policy: pool.Policy{AtOnce: 1, StopAfter: 1},
+		})
+		tx.Put(pool.ClassRunHost, xapi.NewRef(), pool.RunHost{Run: of, Host: s.pool.Self, State: pool.HostReady})
 		tx.Put(pool.ClassJob, xapi.NewRef(), pool.Job{
 			UUID: xapi.NewUUID(), Kind: pool.JobPrecheck, Patch: patch, Host: s.pool.Self, Task: owner, State: pool.JobDone, Output: "fine", Finished: time.Now(),
 		})
@@ -149,14 +160,20 @@ func TestResume(t *testing.T) {
 	stop()
 	s, stop = running(t, c)
 	defer stop()
-	err = s.store.Until(ctx, func(v *store.View) (bool, error) { return v.Count(pool.ClassRun) == 0, nil })
+	err = s.store.Until(ctx, func(v *store.View) (bool, error) {
+		rec, err := store.Get[pool.Run](v, pool.ClassRun, run)
+		return rec.State.Ended(), err
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	for ref, want := range map[xapi.Ref]task.Status{lost: task.Failure, owner: task.Success} {
+	for ref, want := range map[xapi.Ref]task.Status{lost: task.Failure, owner: task.Success, uploader: task.Failure} {
 		if rec, err := s.tasks.Wait(ctx, ref); err != nil || rec.Status != want {
 			t.Errorf("%+v %v", rec, err)
 		}
+	}
+	if err := s.pool.PatchConfirmed(half); !xapi.Is(err, xapi.HandleInvalid) {
+		t.Error("an upload whose image is gone is confirmed")
 	}
 	var goesOn []xapi.Ref
 	s.store.View(func(v *store.View) error {

@@ -259,3 +259,15 @@ func code(err error) codes.Code {
 	}
 	return status.Code(err)
 }
+
+// Unreachable tells whether an error of Open is that the cluster does not answer.
+func Unreachable(err error) bool {
+	if errors.Is(err, context.DeadlineExceeded) {
+		return true
+	}
+	switch code(err) {
+	case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled:
+		return true
+	}
+	return false
+}

@@ -33,8 +33,9 @@ type Options struct {
 	// every class is always one.
 	Indexes []Index
 	// LeaseTTL is how long a leader that is not heard of stays leader, in whole
-	// seconds; 0: 10 s on a cluster, 60 s embedded (where a lease of an earlier
-	// process is revoked at once).
+	// seconds; 0: 3 s on a cluster, 60 s embedded (where a lease of an earlier
+	// process is revoked at once). A cluster gives at least 1.5 times its own
+	// election time-out.
 	LeaseTTL time.Duration
 	// Log gets what etcd has to say; nil: nothing is logged.
 	Log logrus.FieldLogger
@@ -119,7 +120,7 @@ func (o *Options) leaseTTL() int64 {
 	case o.LeaseTTL > 0:
 		return max(1, int64(o.LeaseTTL/time.Second))
 	case o.URL != "":
-		return 10
+		return 3
 	}
 	return 60
 }

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/patchd/patchd/pkg/xapi"
@@ -151,4 +152,103 @@ func raftLeader(t *testing.T, s *Store) int {
 	}
 	t.Fatal("nobody leads")
 	return 0
+}
+
+// TestALeaderInDoubt: while the cluster does not answer for longer than its
+// lease a leader does not hold the lead, and holds it again when nobody else has
+// taken it.
+func TestALeaderInDoubt(t *testing.T) {
+	at, nodes := cluster(t, 1)
+	s := open(t, Options{URL: at, LeaseTTL: 2 * time.Second})
+	l, err := s.Campaign(t.Context(), "leader")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !l.Held() {
+		t.Error("a new leader is in doubt")
+	}
+	put(t, s, "VDI", counter, disk{})
+	nodes[0].signal(t, syscall.SIGSTOP)
+	for end := time.Now().Add(10 * time.Second); l.Held(); _ = s.pause(t.Context(), 10*time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("it holds the lead without the cluster, for 10 s")
+		}
+	}
+	if over(l) {
+		t.Error("it gave up at once")
+	}
+	// The node counts the time that it stood still: the lease may be over, too.
+	nodes[0].signal(t, syscall.SIGCONT)
+	for !l.Held() && !over(l) {
+		_ = s.pause(t.Context(), 10*time.Millisecond)
+	}
+	if _, err := s.client.Revoke(t.Context(), l.lease.id); err != nil && !errors.Is(err, rpctypes.ErrLeaseNotFound) {
+		t.Fatal(err)
+	}
+	<-l.Done()
+	if l.Held() {
+		t.Error("a leader without a lease holds the lead")
+	}
+	if err := increase(t.Context(), s, counter); !errors.Is(err, ErrDeposed) {
+		t.Error("it wrote:", err)
+	}
+	if err := l.Abdicate(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if err := increase(t.Context(), s, counter); !errors.Is(err, ErrDeposed) {
+		t.Error("it wrote after it has abdicated:", err)
+	}
+}
+
+func over(l *Leadership) bool {
+	select {
+	case <-l.Done():
+		return true
+	default:
+		return false
+	}
+}
+
+// TestACandidateWhoseLeaseIsLost stands again.
+func TestACandidateWhoseLeaseIsLost(t *testing.T) {
+	at, _ := cluster(t, 1)
+	o := Options{URL: at, LeaseTTL: 2 * time.Second}
+	first, second := open(t, o), open(t, o)
+	put(t, first, "VDI", counter, disk{})
+	l, err := first.Campaign(t.Context(), "first")
+	if err != nil {
+		t.Fatal(err)
+	}
+	elected := make(chan error, 1)
+	go func() {
+		_, err := second.Campaign(t.Context(), "second")
+		elected <- err
+	}()
+	var own clientv3.LeaseID
+	for own == 0 {
+		got, err := first.client.Get(t.Context(), first.keys.leaders()+"/", clientv3.WithPrefix())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, kv := range got.Kvs {
+			if string(kv.Value) == "second" {
+				own = clientv3.LeaseID(kv.Lease)
+			}
+		}
+	}
+	if _, err := first.client.Revoke(t.Context(), own); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Resign(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-elected; err != nil {
+		t.Fatal(err)
+	}
+	if name, _ := view(t, second).Leader(); name != "second" {
+		t.Error("leader:", name)
+	}
+	if err := increase(t.Context(), second, counter); err != nil {
+		t.Error(err)
+	}
 }

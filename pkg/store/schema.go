@@ -17,12 +17,16 @@ const Schema = 1
 // initialise gives new data its identity, and refuses data that is newer, or
 // was only half restored.
 func (s *Store) initialise(ctx context.Context) error {
-	got, err := s.client.Get(ctx, s.keys.folder(folderMeta), clientv3.WithPrefix())
+	// Both are of one revision: another host may be at it just now.
+	got, err := s.client.Txn(ctx).Then(
+		clientv3.OpGet(s.keys.folder(folderMeta), clientv3.WithPrefix()),
+		clientv3.OpGet(s.keys.all(), clientv3.WithPrefix(), clientv3.WithCountOnly()),
+	).Commit()
 	if err != nil {
 		return fmt.Errorf("reach the store: %w", err)
 	}
 	meta := map[string]string{}
-	for _, kv := range got.Kvs {
+	for _, kv := range got.Responses[0].GetResponseRange().Kvs {
 		_, name := s.keys.split(string(kv.Key))
 		meta[name] = string(kv.Value)
 	}
@@ -32,11 +36,8 @@ func (s *Store) initialise(ctx context.Context) error {
 	if _, ok := meta["id"]; ok {
 		return checkSchema(meta["schema"])
 	}
-	if got, err = s.client.Get(ctx, s.keys.all(), clientv3.WithPrefix(), clientv3.WithCountOnly()); err != nil {
-		return fmt.Errorf("reach the store: %w", err)
-	}
-	if got.Count > 0 {
-		return fmt.Errorf("%d keys below %s are not patchd's: choose another prefix", got.Count, s.keys.prefix)
+	if n := got.Responses[1].GetResponseRange().Count; n > 0 {
+		return fmt.Errorf("%d keys below %s are not patchd's: choose another prefix", n, s.keys.prefix)
 	}
 	done, err := s.client.Txn(ctx).
 		If(clientv3.Compare(clientv3.CreateRevision(s.keys.meta("id")), "=", 0)).

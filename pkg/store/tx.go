@@ -71,6 +71,21 @@ func (tx *Tx) Get(class string, ref xapi.Ref, into any) error {
 	return Item{Class: class, Ref: ref, Raw: raw}.Decode(into)
 }
 
+// Peek is Get of a record whose change does not make the transaction run again: for
+// what holds as well when the record is a moment older. The records that Refs found
+// may be looked at in any number that way.
+func (tx *Tx) Peek(class string, ref xapi.Ref, into any) error {
+	i := id{class, ref}
+	if _, mine := tx.writes[i]; mine {
+		return tx.Get(class, ref, into)
+	}
+	e := tx.v.entry(i)
+	if e == nil {
+		return xapi.NewError(xapi.HandleInvalid, class, string(ref))
+	}
+	return e.item().Decode(into)
+}
+
 // Has tells whether a record is there.
 func (tx *Tx) Has(class string, ref xapi.Ref) bool {
 	_, ok := tx.read(id{class, ref})
@@ -143,6 +158,20 @@ func (tx *Tx) Refs(class, field, value string) []xapi.Ref {
 		refs = append(refs, it.Ref)
 	}
 	return refs
+}
+
+// RefsBoth is Refs of the records that hold a value in each of two indexed fields:
+// of those, however many hold only the first, nothing is read.
+func (tx *Tx) RefsBoth(class string, first, second [2]string) []xapi.Ref {
+	n := slices.Index(tx.v.decl.of(class), second[0])
+	return slices.DeleteFunc(tx.Refs(class, first[0], first[1]), func(ref xapi.Ref) bool {
+		i := id{class, ref}
+		if w := tx.writes[i]; w != nil {
+			return n < 0 || tx.v.decl.values(class, *w)[n] != second[1]
+		}
+		e := tx.v.entry(i)
+		return n < 0 || e == nil || e.fields[n] != second[1]
+	})
 }
 
 // ByUUID gives the ref of the record of a class with that uuid.

@@ -1,11 +1,8 @@
 package trust
 
 import (
-	"context"
 	"crypto/tls"
 	"errors"
-	"fmt"
-	"net"
 	"slices"
 )
 
@@ -64,20 +61,4 @@ func PeerKey(cs tls.ConnectionState) []byte {
 		return nil
 	}
 	return cs.PeerCertificates[0].RawSubjectPublicKeyInfo
-}
-
-// Dial connects to the address of a host, and returns when it is known to be
-// the one that is trusted. ctx bounds the whole of it.
-func Dial(ctx context.Context, address string, c *tls.Config) (*tls.Conn, error) {
-	var d net.Dialer
-	nc, err := d.DialContext(ctx, "tcp", address)
-	if err != nil {
-		return nil, err
-	}
-	conn := tls.Client(nc, c)
-	if err := conn.HandshakeContext(ctx); err != nil {
-		nc.Close()
-		return nil, fmt.Errorf("TLS with %s: %w", address, err)
-	}
-	return conn, nil
 }

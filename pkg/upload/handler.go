@@ -90,6 +90,9 @@ type Options struct {
 	Now func() time.Time
 	// Layout is who lays out the images of patches.
 	Layout vdi.LayoutKind
+	// Confirm ends the upload of a patch once its records are there; on failure
+	// it has taken it back. Nil: what is recorded is confirmed.
+	Confirm func(ctx context.Context, patch xapi.Ref) error
 	// Render gives a record as the API shows it. Nil: as it is stored, without
 	// what is our own.
 	Render func(class string, ref xapi.Ref) (json.RawMessage, error)

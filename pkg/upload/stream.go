@@ -99,7 +99,15 @@ func (u *patchUpload) run(ctx context.Context) (xapi.Ref, error) {
 	if err != nil {
 		return "", u.noRoom(err)
 	}
-	return u.ref, nil
+	return u.ref, u.confirm(ctx)
+}
+
+// confirm ends the upload of the patch whose records are there.
+func (u *patchUpload) confirm(ctx context.Context) error {
+	if u.h.Confirm == nil {
+		return nil
+	}
+	return u.h.Confirm(ctx, u.ref)
 }
 
 // expect is the likely size of the payload, -1 when it may be any. Known after open.
@@ -281,25 +289,32 @@ func (u *patchUpload) stream(ctx context.Context, w io.Writer) error {
 // A restart before the task has ended is no failure of it then.
 func (u *patchUpload) commit(tx *store.Tx, ref xapi.Ref) error {
 	sig := u.message.Signature()
-	patchRef, err := u.h.Pool.IntroducePatch(tx, pool.Patch{
+	rec := pool.Patch{
 		UUID: u.info.UUID, NameLabel: u.info.NameLabel, NameDescription: u.info.NameDescription,
 		Version: u.info.Version, AfterApplyGuidance: u.info.Guidance,
 		Size: u.in.size(), VDI: ref, OtherConfig: map[string]string{},
 		Digest: u.message.Digest(), PayloadSize: u.message.Size(),
 		Signature: sig.Packet, SignatureKind: string(sig.Kind), Signer: sig.Signer,
 		InfoXML: u.info.XML, ScratchSize: u.info.ScratchSize,
-	})
+	}
+	if u.h.Confirm != nil {
+		rec.Unconfirmed = &pool.Unconfirmed{Task: u.task, Since: u.h.Now().UTC()}
+	}
+	patchRef, err := u.h.Pool.IntroducePatch(tx, rec)
 	if err != nil {
 		return err
 	}
 	u.ref = patchRef
-	var rec pool.VDI
-	if err := tx.Get(pool.ClassVDI, ref, &rec); err != nil {
+	var image pool.VDI
+	if err := tx.Get(pool.ClassVDI, ref, &image); err != nil {
 		return err
 	}
-	rec.NameLabel = "Patch " + u.info.NameLabel
-	rec.NameDescription = u.info.NameDescription
-	rec.OtherConfig["patchd-patch-uuid"] = string(u.info.UUID)
-	tx.Put(pool.ClassVDI, ref, rec)
+	image.NameLabel = "Patch " + u.info.NameLabel
+	image.NameDescription = u.info.NameDescription
+	image.OtherConfig["patchd-patch-uuid"] = string(u.info.UUID)
+	tx.Put(pool.ClassVDI, ref, image)
+	if rec.Unconfirmed != nil {
+		return nil
+	}
 	return task.Settle(tx, u.task, string(patchRef))
 }

@@ -116,7 +116,7 @@ func (r *run) work() (xapi.Ref, error) {
 	if _, err := r.draft.Publish(r.ctx, pu.image.Map, pu.commit); err != nil {
 		return "", pu.noRoom(err)
 	}
-	return pu.ref, nil
+	return pu.ref, pu.confirm(r.ctx)
 }
 
 // input gives the signed file as the message reader takes it.

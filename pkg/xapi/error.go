@@ -156,5 +156,6 @@ const (
 	PBDExists               = "PBD_EXISTS"                 // SR ref, host ref, PBD ref
 	CannotContactHost       = "CANNOT_CONTACT_HOST"        // host ref
 	HostOffline             = "HOST_OFFLINE"               // host ref
+	HostEjected             = "HOST_EJECTED"               // pool uuid (ours): this host is none of that pool any more
 	ImportError             = "IMPORT_ERROR"               // message
 )

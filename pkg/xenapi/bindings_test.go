@@ -3,6 +3,7 @@ package xenapi
 import (
 	"fmt"
 	"reflect"
+	"strings"
 	"testing"
 
 	"github.com/patchd/patchd/pkg/pool"
@@ -39,6 +40,20 @@ func TestEachMessageCallsItsMethod(t *testing.T) {
 			map[string]any{"VDI": a, "uuid": "", "map": "m", "checked": "", "damage": ""},
 		}},
 		{"patchd.sr_room", []any{a}, "SRRoom(" + a + ")", map[string]any{"free": "7", "promised": "5"}},
+		{"patchd.run_start", []any{a, `{"at_once":3}`}, "RunStart(" + a + ", 3)", "11111111-2222-4333-8444-555555555555"},
+		{"patchd.run_pause", []any{"x"}, "RunPause(x)", nil},
+		{"patchd.run_resume", []any{"x"}, "RunResume(x)", nil},
+		{"patchd.run_cancel", []any{"x"}, "RunCancel(x)", nil},
+		{"patchd.patch_stage", []any{a}, "PatchStage(" + a + ", [])", nil},
+		{"patchd.patch_stage", []any{a, []any{b}}, "PatchStage(" + a + ", [" + b + "])", nil},
+		{"patchd.run_retry", []any{"x"}, "RunRetry(x, [])", nil},
+		{"patchd.run_retry", []any{"x", []any{b}}, "RunRetry(x, [" + b + "])", nil},
+		{"patchd.why", []any{b, a}, "Why(" + b + ", " + a + ")", []any{"because"}},
+		{"patchd.compliance", nil, "Compliance(" + nullRefText + ")", []any{
+			map[string]any{"host": "", "host_name": "h", "patch": "", "patch_name": "", "value": "yes", "since": "", "note": ""},
+		}},
+		{"patchd.host_exempt", []any{b, a, true, "why"}, "HostExempt(" + b + ", " + a + ", true, why)", nil},
+		{"patchd.host_resync", []any{b}, "HostResync(" + b + ")", nil},
 		{"SR.probe", []any{b, m, "file"}, "SRProbe(" + b + ", map[k:v], file, map[])", "text"},
 		{"SR.forget", []any{a}, "SRForget(" + a + ")", nil},
 		{"SR.destroy", []any{a}, "SRDestroy(" + a + ")", nil},
@@ -188,5 +203,37 @@ func TestAServerNeedsItsParts(t *testing.T) {
 	r := newRig(t)
 	if m, ok := r.Message("pool_patch.apply"); !ok || !m.Async() || r.Model() == nil {
 		t.Error(m)
+	}
+}
+
+// A run is told in texts.
+func TestRunsAreTexts(t *testing.T) {
+	r := newRig(t)
+	a := string(r.patch)
+	for method, params := range map[string][]any{
+		"run_list": nil, "run_show": {"x"}, "run_hosts": {"x"}, "run_plan": {a, "{}"}, "run_plan_hosts": {a, "{}"},
+	} {
+		got, err := r.call("patchd."+method, params...)
+		if err != nil {
+			t.Errorf("%s: %v", method, err)
+			continue
+		}
+		if all, ok := got.([]any); ok {
+			if len(all) != 1 {
+				t.Errorf("%s: %v", method, got)
+				continue
+			}
+			got = all[0]
+		}
+		m, ok := got.(map[string]any)
+		if want := map[bool]string{true: "h", false: "p"}[strings.Contains(method, "hosts")]; !ok || m["name"] != want && m["patch_name"] != want {
+			t.Errorf("%s: %v", method, got)
+		}
+	}
+	for _, policy := range []string{"", "x", `{"at_once":"two"}`, `{"no_such":1}`, "{} {}", strings.Repeat(" ", 70_000)} {
+		_, err := r.call("patchd.run_start", a, policy)
+		if code := xapi.AsError(err).Code; err == nil || code != xapi.ValueNotSupported {
+			t.Errorf("policy %.20q: %v", policy, err)
+		}
 	}
 }

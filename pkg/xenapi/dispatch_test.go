@@ -294,6 +294,10 @@ func TestAnotherHostIsTheCoordinator(t *testing.T) {
 	if v, failure := r.json("pool.get_all", "x"); failure[0] != xapi.HostIsSlave || v != nil {
 		t.Error(failure)
 	}
+	r.Role = func() map[string]string { return map[string]string{"role": "standby"} }
+	if v, err := r.dispatch(t.Context(), "patchd.role", nil); err != nil || !reflect.DeepEqual(v, map[string]any{"role": "standby"}) {
+		t.Errorf("role %v %v", v, err) // every host answers this, without a login
+	}
 	r.Coordinator = func() (string, bool) { return "", false }
 	_, err = r.call("pool.get_all")
 	wantError(t, err, xapi.HostStillBooting)

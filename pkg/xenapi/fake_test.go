@@ -291,3 +291,73 @@ func (p *fakePool) HostRevoke(_ context.Context, host xapi.Ref) error {
 	p.note("HostRevoke", host)
 	return nil
 }
+
+func (p *fakePool) HostStates(context.Context) ([]pool.HostInfo, error) {
+	p.note("HostStates")
+	return []pool.HostInfo{{Ref: made, NameLabel: "host", Rank: pool.RankMember}}, nil
+}
+
+func (p *fakePool) RunStart(_ context.Context, patch xapi.Ref, policy pool.Policy) (xapi.UUID, error) {
+	p.note("RunStart", patch, policy.AtOnce)
+	return "11111111-2222-4333-8444-555555555555", nil
+}
+
+func (p *fakePool) RunPreview(patch xapi.Ref, policy pool.Policy) (pool.RunInfo, []pool.RunHostInfo, error) {
+	p.note("RunPreview", patch, policy.AtOnce)
+	return pool.RunInfo{PatchName: "p"}, []pool.RunHostInfo{{Name: "h"}}, nil
+}
+
+func (p *fakePool) RunList() ([]pool.RunInfo, error) {
+	p.note("RunList")
+	return []pool.RunInfo{{PatchName: "p", Now: map[pool.HostState]int{pool.HostFailed: 2}}}, nil
+}
+
+func (p *fakePool) RunShow(run xapi.UUID) (pool.RunInfo, []pool.RunHostInfo, error) {
+	p.note("RunShow", run)
+	return pool.RunInfo{PatchName: "p"}, []pool.RunHostInfo{{Name: "h"}}, nil
+}
+
+func (p *fakePool) RunPause(_ context.Context, run xapi.UUID, by string) error {
+	p.note("RunPause", run)
+	return nil
+}
+
+func (p *fakePool) RunResume(_ context.Context, run xapi.UUID) error {
+	p.note("RunResume", run)
+	return nil
+}
+
+func (p *fakePool) RunCancel(_ context.Context, run xapi.UUID, by string) error {
+	p.note("RunCancel", run)
+	return nil
+}
+
+func (p *fakePool) RunRetry(_ context.Context, run xapi.UUID, hosts []xapi.Ref) error {
+	p.note("RunRetry", run, hosts)
+	return nil
+}
+
+func (p *fakePool) Why(_ context.Context, host, patch xapi.Ref) ([]string, error) {
+	p.note("Why", host, patch)
+	return []string{"because"}, nil
+}
+
+func (p *fakePool) Compliance(patch xapi.Ref) ([]pool.Compliance, error) {
+	p.note("Compliance", patch)
+	return []pool.Compliance{{HostName: "h", Value: pool.ComplianceYes}}, nil
+}
+
+func (p *fakePool) HostExempt(_ context.Context, host, patch xapi.Ref, exempt bool, reason string) error {
+	p.note("HostExempt", host, patch, exempt, reason)
+	return nil
+}
+
+func (p *fakePool) HostResync(_ context.Context, host xapi.Ref) error {
+	p.note("HostResync", host)
+	return nil
+}
+
+func (p *fakePool) PatchStage(_ context.Context, patch xapi.Ref, hosts []xapi.Ref) error {
+	p.note("PatchStage", patch, hosts)
+	return nil
+}

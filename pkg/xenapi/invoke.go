@@ -7,6 +7,7 @@ import (
 
 	"github.com/patchd/patchd/pkg/pool"
 	"github.com/patchd/patchd/pkg/session"
+	"github.com/patchd/patchd/pkg/store"
 	"github.com/patchd/patchd/pkg/task"
 	"github.com/patchd/patchd/pkg/xapi"
 )
@@ -177,6 +178,10 @@ func (s *Server) startTask(c *call, audit *audit) (any, error) {
 func (s *Server) coded(c *call, err error) error {
 	if cause := new(xapi.Error); errors.As(err, &cause) && cause.Code != xapi.InternalError {
 		return err
+	}
+	if errors.Is(err, store.ErrDeposed) { // nothing was written
+		addr, _ := s.Coordinator()
+		return notHere(addr)
 	}
 	if !errors.Is(err, context.Canceled) {
 		s.Log.WithError(err).WithField("method", c.msg.FullName()).Error("call failed")

@@ -43,6 +43,7 @@ type Message struct {
 	role      session.Role
 	mode      mode
 	noSession bool
+	anywhere  bool // answered by every host of the pool
 	hidden    bool // exists only to be refused: not listed
 	implicit  bool
 	run       func(c *call) (any, error)

@@ -2,6 +2,8 @@ package xenapi
 
 import (
 	"context"
+	"strconv"
+	"strings"
 
 	"github.com/patchd/patchd/pkg/pool"
 	"github.com/patchd/patchd/pkg/session"
@@ -12,6 +14,7 @@ import (
 type MemberPool interface {
 	HostEject(ctx context.Context, host xapi.Ref, force bool) error
 	HostRevoke(ctx context.Context, host xapi.Ref) error
+	HostStates(ctx context.Context) ([]pool.HostInfo, error)
 }
 
 // Members is what this process can do about its own place in a pool; see
@@ -26,8 +29,6 @@ type Members interface {
 	Leave(ctx context.Context) error
 	// RotateKey gives this host another key and tells its SHA-256.
 	RotateKey(ctx context.Context) (pin string, err error)
-	// Role tells what this host is in its pool.
-	Role() pool.Role
 }
 
 // memberMessages are about hosts that come and go.
@@ -55,15 +56,59 @@ func memberMessages() []*Message {
 		write("patchd", "join_token", String, func(c *call) (any, error) {
 			return c.memberText(Members.JoinToken)
 		}),
-		write("patchd", "rotate_key", String, func(c *call) (any, error) {
-			return c.memberText(Members.RotateKey)
-		}),
 		work("patchd", "pool_join", stringMap, poolJoin, textParam("address"), mapParam("options")),
 	}
 	for _, m := range list {
 		m.by(session.PoolAdmin)
 	}
-	return list
+	return append(list,
+		look("patchd", "host_states", SetOf(stringMap), hostStates),
+		// These are about this very host, whoever leads, and for its root only.
+		write("patchd", "rotate_key", String, localOnly(func(c *call) (any, error) {
+			return c.memberText(Members.RotateKey)
+		})).open().everywhere(),
+		write("patchd", "pool_leave", Void, localOnly(func(c *call) (any, error) {
+			m, err := c.members()
+			if err != nil {
+				return nil, err
+			}
+			return nil, m.Leave(c.ctx)
+		})).open().everywhere(),
+	)
+}
+
+// localOnly is for messages that take no session: root says them over the unix
+// socket.
+func localOnly(run func(*call) (any, error)) func(*call) (any, error) {
+	return func(c *call) (any, error) {
+		if !session.Trusted(c.ctx) {
+			return nil, xapi.NewError(xapi.RBACPermissionDenied, c.msg.FullName(), "only root on the host itself may do this, over the unix socket")
+		}
+		return run(c)
+	}
+}
+
+// hostStates gives ref, uuid, name_label, address, rank, connected ("true" or
+// "false"), since (empty when nobody knows), version, jobs and keys (the SHA-256
+// of each, joined by spaces) of every host.
+func hostStates(c *call) (any, error) {
+	states, err := c.srv.Pool.HostStates(c.ctx)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]any, len(states))
+	for i, s := range states {
+		since := ""
+		if !s.Since.IsZero() {
+			since = xapi.FormatTime(s.Since)
+		}
+		out[i] = map[string]any{
+			"ref": string(s.Ref), "uuid": string(s.UUID), "name_label": s.NameLabel, "address": s.Address, "rank": string(s.Rank),
+			"connected": strconv.FormatBool(s.Connected), "since": since, "version": s.Version, "jobs": strconv.Itoa(s.Jobs),
+			"keys": strings.Join(s.Keys, " "),
+		}
+	}
+	return out, nil
 }
 
 // members is this host's own place in the pool. Code: NOT_IMPLEMENTED where

@@ -35,6 +35,9 @@ func sessionMessages() []*Message {
 // open makes a message one that takes no session.
 func (m *Message) open() *Message { m.noSession = true; return m }
 
+// everywhere makes a message one that any host answers, whoever leads.
+func (m *Message) everywhere() *Message { m.anywhere = true; return m }
+
 func login(name string, result Type, run func(*call) (any, error), params ...Param) *Message {
 	m := look("session", name, result, run, params...)
 	m.mode, m.noSession = modeLogin, true
@@ -87,6 +90,7 @@ func ownMessages() []*Message {
 	}
 	return append(users,
 		look("patchd", "doctor", SetOf(stringMap), examine),
+		look("patchd", "role", stringMap, tellRole).open().everywhere(),
 		work("patchd", "patch_settle", Void, func(c *call) (any, error) {
 			return nil, c.srv.Pool.PatchSettle(c.ctx, c.ref(0), c.ref(1), c.flag(2))
 		}, refParam("patch", "pool_patch"), refParam("host", "host"), boolParam("applied")),
@@ -94,6 +98,17 @@ func ownMessages() []*Message {
 			return refResult(c.srv.Pool.PatchImport(c.ctx, c.text(0)))
 		}, textParam("path")).by(session.PoolAdmin),
 	)
+}
+
+// tellRole tells which part this host plays: role ("coordinator", "standby"), pool,
+// host (uuids) and, where one is known, coordinator (uuid), coordinator_name and
+// coordinator_address.
+func tellRole(c *call) (any, error) {
+	out := map[string]any{}
+	for k, v := range c.srv.Role() {
+		out[k] = v
+	}
+	return out, nil
 }
 
 // examine gives what was looked at for an admin: check, ok ("true" or

@@ -16,6 +16,8 @@ type Pool interface {
 	VerifyPool
 	RoomPool
 	MemberPool
+	RunPool
+	StagePool
 	MessageCreate(ctx context.Context, name string, priority int64, cls string, object xapi.UUID, body string) (xapi.Ref, error)
 	MessageDestroy(ctx context.Context, message xapi.Ref) error
 }

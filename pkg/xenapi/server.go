@@ -33,6 +33,8 @@ type Options struct {
 	// is not, the address of the one that is ("" when nobody knows). nil: this
 	// host always is.
 	Coordinator func() (address string, here bool)
+	// Role is what patchd.role tells of this host; nil: that it is the coordinator.
+	Role func() map[string]string
 	// Limits of one request; the zero value is DefaultLimits.
 	Limits Limits
 	// Now is the clock; nil is the real one.
@@ -64,6 +66,9 @@ func New(o Options) (*Server, error) {
 	}
 	if o.Coordinator == nil {
 		o.Coordinator = func() (string, bool) { return "", true }
+	}
+	if o.Role == nil {
+		o.Role = func() map[string]string { return map[string]string{"role": "coordinator"} }
 	}
 	s := &Server{Options: o, model: NewModel()}
 	s.messages = newMessageTable(allMessages(s.model))
@@ -146,13 +151,19 @@ func (s *Server) lookUp(method string) (*Message, bool, error) {
 	if async && !m.Async() {
 		return nil, false, xapi.NewError("Fault", "no asynchronous form of "+m.FullName())
 	}
-	if addr, here := s.Coordinator(); !here {
-		if addr == "" {
-			return nil, false, xapi.NewError(xapi.HostStillBooting)
-		}
-		return nil, false, xapi.NewError(xapi.HostIsSlave, addr)
+	if addr, here := s.Coordinator(); !here && !m.anywhere {
+		return nil, false, notHere(addr)
 	}
 	return m, async, nil
+}
+
+// notHere is the answer of a host that is not the coordinator. addr is the
+// address of the one that is, or "".
+func notHere(addr string) *xapi.Error {
+	if addr == "" {
+		return xapi.NewError(xapi.HostStillBooting)
+	}
+	return xapi.NewError(xapi.HostIsSlave, addr)
 }
 
 // dispatch is one call as it came over the wire: the session is the first
