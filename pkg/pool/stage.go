@@ -46,8 +46,8 @@ type StageSpec struct {
 	Progress func(done, total int64) `json:"-"`
 }
 
-// replicaSpec is the StageSpec of a golden image.
-func replicaSpec(golden VDI, patch Patch) StageSpec {
+// ReplicaSpec is the StageSpec of a golden image.
+func ReplicaSpec(golden VDI, patch Patch) StageSpec {
 	return StageSpec{
 		Map: golden.Map, Size: golden.VirtualSize, Room: patch.PayloadSize, Golden: golden.UUID,
 		VDI: VDI{
@@ -374,7 +374,7 @@ func (p *Pool) stageOrder(patch xapi.Ref, hosts []xapi.Ref) (spec StageSpec, whe
 	if err != nil || golden.Map == "" {
 		return spec, nil, xapi.NewError(xapi.CannotFindPatch).Because(errors.Join(errors.New("the patch has no image with a block map"), err))
 	}
-	spec = replicaSpec(golden, rec)
+	spec = ReplicaSpec(golden, rec)
 	spec.Staged = true
 	err = p.Store.View(func(v *store.View) error {
 		if len(hosts) == 0 {
