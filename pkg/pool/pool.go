@@ -59,6 +59,9 @@ type Pool struct {
 	// Connected tells whether a host is there to do something now; nil: every one is.
 	Connected func(host xapi.Ref) bool
 
+	// Seen tells since when a host is connected, or is not; nil: all are.
+	Seen func(host xapi.Ref) (since time.Time, connected bool)
+
 	// Fetcher gets images from other hosts; nil: none can.
 	Fetcher Fetcher
 
@@ -66,17 +69,16 @@ type Pool struct {
 	// nil: there are no tickets.
 	Ticket func(reader Host, digest string) ([]byte, error)
 
-	// Seen tells since when a host is connected, or is not; nil: all are.
-	Seen func(host xapi.Ref) (since time.Time, connected bool)
-
 	// Busy tells of a job that this host works on and that is in another store; may be nil.
 	Busy func(job xapi.UUID) bool
+
 	// Copies is how many hosts must have the image of an upload before Confirm
 	// confirms it, CopiesTimeout how long that may take, and StageOn has a host
 	// take the image; nil: no host can be asked to.
 	Copies        int
 	CopiesTimeout time.Duration
 	StageOn       func(ctx context.Context, patch, host xapi.Ref) error
+
 	// Confirmed tells whether enough hosts have the bytes of a patch that a run may
 	// begin with it: nil, or why not; nil itself: every patch is.
 	Confirmed func(patch xapi.Ref) error
@@ -88,8 +90,8 @@ type Pool struct {
 	Also func(ctx context.Context) ([]Finding, error)
 
 	storage  Storage
-	fetching fetching
 	runs     runsInHand
+	fetching fetching
 }
 
 // Options says who this host is and where its things lie.
