@@ -136,7 +136,8 @@ func (p *Pool) allReplicas() (list map[xapi.Ref]VDI, err error) {
 // CollectReplicas destroys the replicas that nobody needs any more: those whose
 // golden image is gone or no patch's, those that are damaged, and, unless an admin
 // has staged them, those of a patch that every host has. One that a job may read
-// stays until it has ended, and one on a host that is away until that is back.
+// stays until it has ended, and one on a host that is away until that is back. It
+// is the coordinator's to call: only the pool database knows the patches.
 func (p *Pool) CollectReplicas(ctx context.Context) error {
 	all, err := p.allReplicas()
 	if err != nil {
@@ -149,7 +150,7 @@ func (p *Pool) CollectReplicas(ctx context.Context) error {
 		}
 		ends, err := p.replicaEnds(rec)
 		if err == nil && ends {
-			err = p.dropReplica(ctx, ref, rec)
+			err = p.dropReplica(ctx, ref, rec, false)
 		}
 		errs = append(errs, err)
 	}
@@ -212,9 +213,9 @@ func mapOfJob(v *store.View, job Job) string {
 	return golden.Map
 }
 
-// dropReplica destroys a replica where it lies. A host that is away keeps that as
-// a job.
-func (p *Pool) dropReplica(ctx context.Context, ref xapi.Ref, rec VDI) error {
+// dropReplica destroys a replica where it lies. Another host has that as a job,
+// whose end is waited for with wait and while the host is there.
+func (p *Pool) dropReplica(ctx context.Context, ref xapi.Ref, rec VDI, wait bool) error {
 	host, yes := p.elsewhere(rec.SR)
 	if !yes {
 		err := p.VDIDestroy(ctx, ref)
@@ -223,7 +224,7 @@ func (p *Pool) dropReplica(ctx context.Context, ref xapi.Ref, rec VDI) error {
 		}
 		return err
 	}
-	if p.there(host) {
+	if wait && p.there(host) {
 		err := p.VDIDestroy(ctx, ref)
 		if !xapi.Is(err, xapi.HostOffline) {
 			return err
@@ -248,7 +249,7 @@ func (p *Pool) removeReplicas(ctx context.Context, golden xapi.UUID) error {
 	}
 	var errs []error
 	for ref, rec := range list {
-		errs = append(errs, p.dropReplica(ctx, ref, rec))
+		errs = append(errs, p.dropReplica(ctx, ref, rec, true))
 	}
 	errs = slices.DeleteFunc(errs, func(err error) bool { return xapi.Is(err, xapi.HandleInvalid) })
 	return errors.Join(errs...)
