@@ -3,6 +3,7 @@ package integration
 import (
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
@@ -308,4 +309,56 @@ func TestC4_TheDatabaseMoves(t *testing.T) {
 	cli("store", "restore", file, "--store", etcd.URL("restored"))
 	there.SetFlags("--store", etcd.URL("restored"))
 	follow(token)
+}
+
+// A host that stands by applies patches as every host does, also one that lies
+// as a classic file on the leader; what is at work while the leader dies ends.
+func TestC4_AStandbyAppliesPatches(t *testing.T) {
+	c := startCoordinators(t, 3, lab.Options{})
+	leader, s, _ := c.leader()
+	standby := c.others(leader)[0]
+	hostAt := func(h *lab.Host) string {
+		for ref, rec := range s.All("host") {
+			if rec["address"] == h.IP {
+				return ref
+			}
+		}
+		t.Fatalf("no host at %s", h.IP)
+		return ""
+	}
+	dir := t.TempDir()
+	goOn, log := filepath.Join(dir, "go on"), filepath.Join(dir, "log")
+	p := &lab.Patch{Apply: fmt.Sprintf("echo begun >>%[2]s; until [ -e '%[1]s' ]; do sleep 0.05; done; echo done >>%[2]s", goOn, log)}
+	signed := p.Signed(t)
+	file := filepath.Join(dir, "classic")
+	if err := os.WriteFile(file, signed, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if out, stderr, code := leader.CLI("patch", "import", file); code != 0 {
+		t.Fatalf("import: %d %s %s", code, out, stderr)
+	}
+	patch := s.Call("pool_patch.get_by_uuid", string(p.UUID)).(string)
+	task := s.Call("Async.pool_patch.apply", patch, hostAt(standby)).(string)
+	until(t, "the apply to begin", func() bool { return lines(log) == 1 })
+
+	leader.Kill()
+	c.hosts = c.others(leader)
+	second, _, _ := c.leader()
+	s = &lab.Session{H: second, Ref: s.Ref}
+	if err := os.WriteFile(goOn, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if rec := s.Wait(task); rec["status"] != "success" {
+		t.Errorf("the task ended as %v %v", rec["status"], rec["error_info"])
+	}
+	if n := lines(log); n != 2 || !exists(filepath.Join(standby.PatchDir, "applied", string(p.UUID))) {
+		t.Errorf("%d lines of effect, or no stampfile", n)
+	}
+	if hp := s.All("host_patch"); len(hp) != 1 {
+		t.Errorf("%d host_patches", len(hp))
+	}
+	leader.Launch()
+	if err := leader.Ready(30 * time.Second); err != nil {
+		t.Error(err)
+	}
 }

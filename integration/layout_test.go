@@ -40,6 +40,7 @@ var arrows = map[string][]string{
 	"pkg/sr/all":                {"pkg/sr", "pkg/sr/file", "pkg/sr/ext", "pkg/sr/xfs", "pkg/sr/btrfs", "pkg/sr/nfs", "pkg/sr/lvm"},
 	"pkg/delta":                 {"pkg/xapi"},
 	"pkg/pool":                  {"pkg/xapi", "pkg/fault", "pkg/dom0", "pkg/store", "pkg/task", "pkg/event", "pkg/session", "pkg/vdi", "pkg/patch", "pkg/sr"},
+	"pkg/peer":                  {"pkg/xapi", "pkg/fault", "pkg/vdi"},
 	"pkg/trust":                 {"pkg/xapi"},
 	"pkg/link":                  {"pkg/xapi", "pkg/store", "pkg/pool", "pkg/trust"},
 	"pkg/agent":                 {"pkg/xapi", "pkg/fault", "pkg/dom0", "pkg/vdi", "pkg/patch", "pkg/sr", "pkg/pool"},

@@ -216,7 +216,7 @@ func TestSecurity_owned(t *testing.T) {
 	if err == nil && strings.Contains(fmt.Sprint(v), root.Ref) {
 		t.Error("events show root's session")
 	}
-	for _, class := range []string{"user", "job", "intent", "_user", "run", "journal"} {
+	for _, class := range []string{"user", "job", "intent", "_user", "run", "run_host", "journal"} {
 		v, err := root.Try("event.from", []string{class}, "", 0.1)
 		if err != nil {
 			continue

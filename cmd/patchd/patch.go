@@ -16,7 +16,7 @@ func newPatch(g *global) *cobra.Command {
 	cmd := &cobra.Command{Use: "patch", Short: "build, upload, apply and remove patches"}
 	cmd.AddCommand(
 		newPatchBuild(g), newPatchVerify(g), newPatchUpload(g), newPatchImport(g),
-		newPatchList(g), newPatchShow(g), newPatchPrecheck(g), newPatchApply(g), newPatchPoolApply(g),
+		newPatchList(g), newPatchShow(g), newPatchPrecheck(g), newPatchStage(g), newPatchApply(g), newPatchPoolApply(g),
 		newPatchClean(g), newPatchPoolClean(g), newPatchDestroy(g), newPatchSettle(g),
 	)
 	return cmd

@@ -41,6 +41,12 @@ type Coordinator interface {
 // others. *pool.Pool is one.
 type Storage interface {
 	AttachedSRs() ([]pool.AttachedSR, error)
+	// Replicas lists the VDIs with that block map in those SRs.
+	Replicas(digest string) ([]pool.Replica, error)
+	// Stage makes such a VDI, from blocks of other hosts where it must be.
+	Stage(ctx context.Context, s pool.StageSpec) (xapi.Ref, error)
+	// VDIDamaged records that such a VDI was found damaged.
+	VDIDamaged(ctx context.Context, vdi xapi.Ref, text string) error
 	// HostCall runs the method of a job of kind call. What it has changed is
 	// known to the coordinator when it returns.
 	HostCall(ctx context.Context, name string, args json.RawMessage) (string, error)

@@ -21,6 +21,10 @@ func (e *execution) call(j pool.Assignment) {
 		if e.stopping() || xapi.Is(err, xapi.OtherOperationInProgress) {
 			return // somebody else's
 		}
+		// The claim may have been granted although its answer was lost: then this
+		// is the outcome of that attempt.
+		e.conclude(func() error { return e.disclaim(j, err) })
+		return
 	}
 	var o pool.Outcome
 	if err == nil {
@@ -37,4 +41,14 @@ func (e *execution) call(j pool.Assignment) {
 		o.Err = xapi.AsError(err)
 	}
 	e.conclude(func() error { return e.finish(j, o) })
+}
+
+// disclaim ends a call of which nothing has run, whatever became of its claim.
+func (e *execution) disclaim(j pool.Assignment, cause error) error {
+	job, there, err := e.agent.Coordinator.FindJob(context.WithoutCancel(e.stop), e.id)
+	if err != nil || !there || job.State == pool.JobDone {
+		return err
+	}
+	e.attempt = job.Attempt
+	return e.finish(j, pool.Outcome{Err: xapi.AsError(cause)})
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/patchd/patchd/pkg/patch"
 	"github.com/patchd/patchd/pkg/pool"
@@ -29,10 +30,10 @@ func (e *execution) openMap(repo sr.Repository, entry Entry, run *Run) (*vdi.Map
 	if golden.Map == "" {
 		return nil, nil
 	}
-	m, err := sr.ReadMap(e.ctx, repo, golden.UUID, golden.Map)
+	m, err := sr.ReadMap(e.ctx, repo, entry.Plan.Image, golden.Map)
 	if err != nil {
 		if _, serr := repo.Stat(e.ctx); serr != nil || e.ctx.Err() != nil {
-			return nil, fmt.Errorf("read the block map of VDI %s: %w", golden.UUID, err)
+			return nil, fmt.Errorf("read the block map of VDI %s: %w", entry.Plan.Image, err)
 		}
 		return nil, changed(run.VDIRef, pool.DamagedMap).Because(err)
 	}
@@ -55,7 +56,7 @@ func (e *execution) copy(dst, src sr.Repository, entry Entry, run *Run) error {
 	if err != nil {
 		return err
 	}
-	err = sr.CopyVerified(e.ctx, dst, entry.Work, src, sr.Live(entry.Assignment.VDI.UUID), m, false, nil)
+	err = sr.CopyVerified(e.ctx, dst, entry.Work, src, sr.Live(entry.Plan.Image), m, false, nil)
 	var damage *vdi.DamageError
 	if errors.As(err, &damage) {
 		return changed(run.VDIRef, damage.Error()).Because(err)
@@ -69,14 +70,26 @@ func changed(ref xapi.Ref, text string) *xapi.Error {
 	return xapi.NewError(xapi.VDIContentChanged, string(ref), text)
 }
 
-// reportDamage tells the pool of a golden image that was found damaged.
+// reportDamage tells the pool of a golden image, or of a replica of it, that was
+// found damaged. Of a replica this host's own records tell, too: it is not used again.
 func (e *execution) reportDamage(ctx context.Context, j pool.Assignment, err *xapi.Error) error {
-	if err == nil || err.Code != xapi.VDIContentChanged || len(err.Params) != 2 || err.Params[0] != string(j.VDIRef) {
+	if err == nil || err.Code != xapi.VDIContentChanged || len(err.Params) != 2 || j.VDI == nil {
 		return nil
 	}
-	rerr := e.agent.Coordinator.VDIDamaged(ctx, j.VDIRef, err.Params[1])
+	ref := xapi.Ref(err.Params[0])
+	var rerr error
+	if ref != j.VDIRef {
+		replicas, err := e.agent.Storage.Replicas(j.VDI.Map)
+		if err != nil || !slices.ContainsFunc(replicas, func(r pool.Replica) bool { return r.Ref == ref }) {
+			return err
+		}
+	}
+	text := err.Params[1]
+	if rerr = e.agent.Coordinator.VDIDamaged(ctx, ref, text); rerr == nil && ref != j.VDIRef {
+		rerr = e.agent.Storage.VDIDamaged(ctx, ref, text)
+	}
 	if rerr != nil && !xapi.Is(rerr, xapi.HandleInvalid) {
-		return fmt.Errorf("record the damage of VDI %s: %w", j.VDI.UUID, rerr)
+		return fmt.Errorf("record the damage of VDI %s: %w", ref, rerr)
 	}
 	return nil
 }

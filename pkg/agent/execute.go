@@ -88,12 +88,9 @@ func (a *Agent) gate(k pool.JobKind) chan struct{} {
 // runner.
 func (e *execution) launch(entry *Entry) error {
 	a, j := e.agent, entry.Assignment
-	srs, facts, err := e.facts(j)
-	if err != nil {
-		return err
-	}
 	entry.Work = sr.Work(sr.Owner{Pool: j.Pool, Host: j.Host, Job: e.id}, xapi.NewUUID())
-	if entry.Plan, err = e.plan(facts, entry.Work.VDI); err != nil {
+	srs, facts, err := e.decide(entry)
+	if err != nil {
 		return err
 	}
 	if err := a.journal.begin(*entry); err != nil {
@@ -114,12 +111,31 @@ func (e *execution) launch(entry *Entry) error {
 	return e.spawn()
 }
 
+// decide looks and plans. An image that is to be staged is staged, and then it is
+// planned again: from there on it is one that is plugged here.
+func (e *execution) decide(entry *Entry) (srs map[xapi.Ref]sr.Repository, facts Facts, err error) {
+	for staged := false; ; staged = true {
+		if srs, facts, err = e.facts(entry.Assignment); err != nil {
+			return nil, facts, err
+		}
+		if entry.Plan, err = e.plan(facts, entry.Work.VDI); err != nil || entry.Plan.Way != WayStage {
+			return srs, facts, err
+		}
+		if staged {
+			return nil, facts, fmt.Errorf("the image of patch %s was staged and is not there", entry.Assignment.Patch.UUID)
+		}
+		if err := e.stage(entry.Assignment, entry.Plan); err != nil {
+			return nil, facts, inSR(facts.nameOf(entry.Plan.Target), err)
+		}
+	}
+}
+
 // plan makes a plan whose room the pool has promised to the work volume. Where an
 // SR has promised its room to others, the next one that would do is asked.
 func (e *execution) plan(f Facts, work xapi.UUID) (Plan, error) {
 	for {
 		p, err := MakePlan(f)
-		if err != nil || p.Target.IsNull() {
+		if err != nil || p.Target.IsNull() || p.Way == WayStage {
 			return p, err
 		}
 		found, err := e.agent.Coordinator.JobPromise(e.ctx, f.Assignment.Ref, pool.Promise{
@@ -149,18 +165,25 @@ func (e *execution) facts(j pool.Assignment) (map[xapi.Ref]sr.Repository, Facts,
 	if err != nil {
 		return nil, Facts{}, err
 	}
-	holds := func(s pool.AttachedSR) bool { return j.VDI != nil && s.Ref == j.VDI.SR }
-	if at := slices.IndexFunc(attached, holds); at > 0 {
-		attached[0], attached[at] = attached[at], attached[0]
-	}
 	f := Facts{Assignment: j}
+	if j.VDI != nil {
+		if f.Replicas, err = e.agent.Storage.Replicas(j.VDI.Map); err != nil {
+			return nil, Facts{}, err
+		}
+	}
+	golden := func(s pool.AttachedSR) bool { return j.VDI != nil && s.Ref == j.VDI.SR }
+	holds := func(s pool.AttachedSR) bool {
+		return golden(s) || slices.ContainsFunc(f.Replicas, func(r pool.Replica) bool { return r.VDI.SR == s.Ref })
+	}
+	slices.SortStableFunc(attached, func(a, b pool.AttachedSR) int { return rank(golden(b), holds(b)) - rank(golden(a), holds(a)) })
 	repos := map[xapi.Ref]sr.Repository{}
+	var silent error // of an SR that holds the patch
 	for _, s := range attached {
 		st, err := s.Repository.Stat(e.ctx)
-		if err != nil && holds(s) && j.Patch.Filename == "" {
-			return nil, Facts{}, err // there is no other way to the patch
-		}
 		if err != nil {
+			if holds(s) {
+				silent = errors.Join(silent, err)
+			}
 			e.agent.Log.WithError(err).WithField("SR", s.UUID).Warn("an SR does not answer and is not used")
 			continue
 		}
@@ -170,11 +193,25 @@ func (e *execution) facts(j pool.Assignment) (map[xapi.Ref]sr.Repository, Facts,
 		}
 		repos[s.Ref] = s.Repository
 		f.SRs = append(f.SRs, fact)
-		if holds(s) && fact.Clones {
+		if golden(s) && fact.Clones {
 			break
 		}
 	}
+	if silent != nil && j.Patch.Filename == "" && j.VDI.Map == "" {
+		return nil, Facts{}, silent // there is no other way to the patch
+	}
 	return repos, f, nil
+}
+
+// rank orders SRs by what they hold.
+func rank(golden, holds bool) int {
+	switch {
+	case golden:
+		return 2
+	case holds:
+		return 1
+	}
+	return 0
 }
 
 // prepare makes the private image and says what the runner shall do with it.
@@ -190,12 +227,12 @@ func (e *execution) prepare(entry Entry, repos map[xapi.Ref]sr.Repository) (Run,
 	var err error
 	switch entry.Plan.Way {
 	case WayClone:
-		run.VDIRef = entry.Assignment.VDIRef
+		run.VDIRef = entry.Plan.ImageRef
 		if run.Check, err = e.clone(dst, entry); err == nil && run.Check {
 			_, err = e.openMap(dst, entry, &run)
 		}
 	case WayCopy:
-		run.VDIRef = entry.Assignment.VDIRef
+		run.VDIRef = entry.Plan.ImageRef
 		err = e.copy(dst, repos[entry.Plan.Source], entry, &run)
 	case WayFetch:
 		err = e.fetch(dst, entry, &run)
@@ -219,7 +256,7 @@ func (e *execution) prepare(entry Entry, repos map[xapi.Ref]sr.Repository) (Run,
 // must be verified: not when they were, and the golden file has not changed
 // since, before the clone nor while it was made.
 func (e *execution) clone(repo sr.Repository, entry Entry) (check bool, err error) {
-	golden := sr.Live(entry.Assignment.VDI.UUID)
+	golden := sr.Live(entry.Plan.Image)
 	before, err := identify(e.ctx, repo, golden)
 	if err != nil {
 		return true, err

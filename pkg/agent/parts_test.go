@@ -57,6 +57,9 @@ func TestMakePlan(t *testing.T) {
 			}
 			continue
 		}
+		if c.want.Way == WayClone || c.want.Way == WayCopy {
+			c.want.Image = c.vdi.UUID
+		}
 		if err != nil || got != c.want {
 			t.Errorf("%s: %+v, %v; want %+v", name, got, err, c.want)
 		}
@@ -348,7 +351,12 @@ func TestClassicFile(t *testing.T) {
 type nowhere struct{}
 
 func (nowhere) HostCall(context.Context, string, json.RawMessage) (string, error) { return "", nil }
-func (nowhere) AttachedSRs() ([]pool.AttachedSR, error)                           { return nil, nil }
+func (nowhere) Replicas(string) ([]pool.Replica, error)                           { return nil, nil }
+func (nowhere) VDIDamaged(context.Context, xapi.Ref, string) error                { return nil }
+func (nowhere) Stage(context.Context, pool.StageSpec) (xapi.Ref, error) {
+	return "", xapi.NewError(xapi.NotImplemented)
+}
+func (nowhere) AttachedSRs() ([]pool.AttachedSR, error) { return nil, nil }
 
 // What is no patch is neither placed nor kept.
 func TestImportRefuses(t *testing.T) {

@@ -15,26 +15,35 @@ type Way string
 
 // The ways, the cheapest first.
 const (
-	WayClone Way = "clone" // clone the golden image inside its SR
+	WayClone Way = "clone" // clone the golden image, or one that is as good, inside its SR
 	WayCopy  Way = "copy"  // copy it into an SR this host reaches
+	// WayStage makes an image that is as good in an SR of this host, of blocks of
+	// other hosts; then the plan is made again.
+	WayStage Way = "stage"
 	WayFetch Way = "fetch" // take the classic file from the coordinator
 )
 
 // Plan is a decision made from records: what to do, before anything is done.
 type Plan struct {
 	Way    Way      `json:"way"`
-	Source xapi.Ref `json:"source,omitempty"` // the golden image's SR
-	// Target is the SR the work image is made in. With WayFetch it may be
-	// empty: then the image lies in the journal folder.
+	Source xapi.Ref `json:"source,omitempty"` // the SR of the image that is read
+	// Image is that image: the golden one or a replica. Empty with WayFetch and
+	// WayStage.
+	Image    xapi.UUID `json:"image,omitempty"`
+	ImageRef xapi.Ref  `json:"image_ref,omitempty"`
+	// Target is the SR the work image is made in, with WayStage the replica. With
+	// WayFetch it may be empty: then the image lies in the journal folder.
 	Target xapi.Ref `json:"target,omitempty"`
-	// Room is what the target must have free, in bytes.
+	// Room is what the target must have free, in bytes: with WayStage also for
+	// what comes after it.
 	Room int64 `json:"room"`
 }
 
 // Facts is what a plan is made from.
 type Facts struct {
 	Assignment pool.Assignment
-	SRs        []SRFact // attached to this host
+	SRs        []SRFact       // attached to this host
+	Replicas   []pool.Replica // VDIs in those SRs that are as good as the golden image
 }
 
 // SRFact is one SR attached to this host.
@@ -52,9 +61,9 @@ const headroom = 8 << 20
 
 // MakePlan decides how this host gets the image. It changes nothing and asks
 // nobody. Codes: CANNOT_FIND_PATCH when neither VDI nor file is there,
-// HOST_CANNOT_SEE_SR [host, SR] when the VDI's SR is not attached here,
-// PATCH_PRECHECK_FAILED_OUT_OF_SPACE [patch, found, required], whose cause names
-// the SRs.
+// HOST_CANNOT_SEE_SR [host, SR] when the VDI's SR is not attached here and the VDI
+// has no block map to fetch it by, PATCH_PRECHECK_FAILED_OUT_OF_SPACE [patch,
+// found, required], whose cause names the SRs.
 func MakePlan(f Facts) (Plan, error) {
 	a := f.Assignment
 	if a.VDI == nil {
@@ -63,18 +72,118 @@ func MakePlan(f Facts) (Plan, error) {
 		}
 		return planFetch(f)
 	}
-	source, ok := f.find(a.VDI.SR)
-	if !ok {
-		if a.Patch.Filename != "" {
-			return planFetch(f)
+	images := f.images()
+	if len(images) > 0 {
+		return planFrom(f, images)
+	}
+	var short error
+	if a.VDI.Map != "" && len(f.SRs) > 0 {
+		p, err := planStage(f)
+		if err == nil {
+			return p, nil
 		}
-		return Plan{}, xapi.NewError(xapi.HostCannotSeeSR, string(a.Job.Host), string(a.VDI.SR))
+		short = err
 	}
-	if source.Clones {
-		return planInto(f, Plan{Way: WayClone, Source: source.Ref, Room: scratchOf(a.Patch)}, []SRFact{source})
+	switch {
+	case a.Patch.Filename != "":
+		return planFetch(f)
+	case short != nil:
+		return Plan{}, short
 	}
-	room := a.Patch.PayloadSize + scratchOf(a.Patch)
-	return planInto(f, Plan{Way: WayCopy, Source: source.Ref, Room: room}, f.copyTargets(source))
+	return Plan{}, xapi.NewError(xapi.HostCannotSeeSR, string(a.Job.Host), string(a.VDI.SR))
+}
+
+// images are those that can be read here, the golden one first.
+func (f Facts) images() (list []pool.Replica) {
+	if _, ok := f.find(f.Assignment.VDI.SR); ok {
+		list = append(list, pool.Replica{Ref: f.Assignment.VDIRef, VDI: *f.Assignment.VDI})
+	}
+	for _, r := range f.Replicas {
+		if _, ok := f.find(r.VDI.SR); ok && r.VDI.UUID != f.Assignment.VDI.UUID {
+			list = append(list, r)
+		}
+	}
+	return list
+}
+
+// planFrom clones the first image whose SR clones and has the room, else copies
+// the first one.
+func planFrom(f Facts, images []pool.Replica) (Plan, error) {
+	var short error
+	clones := false
+	for _, i := range images {
+		source, _ := f.find(i.VDI.SR)
+		if !source.Clones {
+			continue
+		}
+		clones = true
+		p, err := planInto(f, Plan{Way: WayClone, Source: source.Ref, Image: i.VDI.UUID, ImageRef: i.Ref, Room: scratchOf(f.Assignment.Patch)}, []SRFact{source})
+		if err == nil {
+			return p, nil
+		}
+		short = cmpOr(short, err)
+	}
+	if clones {
+		return Plan{}, short
+	}
+	source, _ := f.find(images[0].VDI.SR)
+	room := f.Assignment.Patch.PayloadSize + scratchOf(f.Assignment.Patch)
+	return planInto(f, Plan{Way: WayCopy, Source: source.Ref, Image: images[0].VDI.UUID, ImageRef: images[0].Ref, Room: room}, f.copyTargets(source))
+}
+
+func cmpOr(first, second error) error {
+	if first != nil {
+		return first
+	}
+	return second
+}
+
+// planStage finds an SR for a replica and for what is made of it: a clone where
+// the SR clones, else a copy. Local ones come first, of those that clone.
+func planStage(f Facts) (Plan, error) {
+	patch := f.Assignment.Patch
+	var targets []SRFact
+	for _, shared := range []bool{false, true} {
+		for _, clones := range []bool{true, false} {
+			for _, t := range f.copyTargets(SRFact{}) {
+				if t.Shared == shared && t.Clones == clones {
+					targets = append(targets, t)
+				}
+			}
+		}
+	}
+	var short error
+	for _, t := range targets {
+		room := headroom + patch.PayloadSize + scratchOf(patch)
+		if !t.Clones {
+			room += patch.PayloadSize
+		}
+		p, err := planInto(f, Plan{Way: WayStage, Room: room}, []SRFact{t})
+		if err == nil {
+			return p, nil
+		}
+		short = moreRoom(short, err)
+	}
+	return Plan{}, short
+}
+
+// moreRoom gives of two errors about room one that names the SRs of both, with the
+// numbers of the one that found more.
+func moreRoom(a, b error) error {
+	var x, y *xapi.Error
+	if !errors.As(a, &x) || !errors.As(b, &y) {
+		return cmpOr(a, b)
+	}
+	best := x
+	if foundBy(y) > foundBy(x) {
+		best = y
+	}
+	return xapi.NewError(best.Code, best.Params...).Because(fmt.Errorf("%w; %w", x.Unwrap(), y.Unwrap()))
+}
+
+func foundBy(e *xapi.Error) (n int64) {
+	fmt.Sscan(e.Params[1], &n) //nolint:errcheck // 0 when it is no number
+	return n
 }
 
 func planFetch(f Facts) (Plan, error) {

@@ -101,7 +101,7 @@ func (r *rig) life() {
 		JobsDir: filepath.Join(r.dir, "jobs"), PatchDir: filepath.Join(r.dir, "patches"), KeysDir: filepath.Join(r.dir, "keys"),
 		Attested: patch.Attestations(filepath.Join(r.dir, "attested")),
 		Pinned:   r.pinned(), Runner: []string{"/patchd", "runner"},
-		Timeouts: Timeouts{Precheck: 5 * time.Second, Apply: 5 * time.Second, Grace: 20 * time.Millisecond},
+		Timeouts:   Timeouts{Precheck: 5 * time.Second, Apply: 5 * time.Second, Grace: 20 * time.Millisecond},
 		KeepQueued: r.keep,
 	})
 	r.pool.Local = r.agent

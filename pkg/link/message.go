@@ -124,10 +124,13 @@ type outcome struct {
 	Unknown bool      `json:"unknown,omitempty"`
 	At      time.Time `json:"at,omitzero"`
 	Attempt int64     `json:"attempt"`
+	// Proof is missing in reports of a version that knew of none: such an apply
+	// counts as unknown.
+	Proof *pool.Proof `json:"proof,omitempty"`
 }
 
 func outcomeOf(o pool.Outcome) *outcome {
-	w := &outcome{Output: o.Output, Unknown: o.Unknown, At: o.At, Attempt: o.Attempt}
+	w := &outcome{Output: o.Output, Unknown: o.Unknown, At: o.At, Attempt: o.Attempt, Proof: o.Proof}
 	if o.Err != nil {
 		w.Error = failed(o.Err)
 	}
@@ -135,7 +138,7 @@ func outcomeOf(o pool.Outcome) *outcome {
 }
 
 func (w outcome) outcome() pool.Outcome {
-	o := pool.Outcome{Output: w.Output, Unknown: w.Unknown, At: w.At, Attempt: w.Attempt}
+	o := pool.Outcome{Output: w.Output, Unknown: w.Unknown, At: w.At, Attempt: w.Attempt, Proof: w.Proof}
 	if w.Error != nil {
 		o.Err = xapi.NewError(w.Error.Code, w.Error.Params...)
 	}

@@ -1,11 +1,13 @@
 package pool
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
 
 	"github.com/patchd/patchd/pkg/store"
+	"github.com/patchd/patchd/pkg/task"
 	"github.com/patchd/patchd/pkg/xapi"
 )
 
@@ -129,6 +131,28 @@ func (p *Pool) callOn(ctx context.Context, host xapi.Ref, name string, args any)
 	return text, err
 }
 
+// leaveCall has a host run a method when it is there, and does not wait for that.
+// One that is left already is not left twice.
+func (p *Pool) leaveCall(ctx context.Context, host xapi.Ref, name string, args any) error {
+	raw, err := json.Marshal(args)
+	if err != nil {
+		return err
+	}
+	return p.Store.Update(ctx, func(tx *store.Tx) error {
+		for _, ref := range tx.Refs(ClassJob, "host", string(host)) {
+			job, err := store.Read[Job](tx, ClassJob, ref)
+			if err != nil {
+				return err
+			}
+			if job.State != JobDone && !job.Cancel && job.Call == name && bytes.Equal(job.Args, raw) {
+				return nil
+			}
+		}
+		_, err := p.newJob(Resuming(task.Detached(ctx)), tx, Job{Kind: JobCall, Host: host, Call: name, Args: raw})
+		return err
+	})
+}
+
 // untilAway waits until the record of a host says that it is away, or is gone.
 func (p *Pool) untilAway(ctx context.Context, host xapi.Ref) bool {
 	err := p.Store.Until(ctx, func(v *store.View) (bool, error) {
@@ -143,17 +167,96 @@ var hostCalls map[string]hostCall
 
 func init() {
 	hostCalls = map[string]hostCall{
-		"SRScan":   obeying(true, func(ctx context.Context, p *Pool, sr xapi.Ref) error { return p.SRScan(ctx, sr) }),
-		"SRUpdate": obeying(true, func(ctx context.Context, p *Pool, sr xapi.Ref) error { return p.SRUpdate(ctx, sr) }),
-		"VDIDestroy": obeying(true, func(ctx context.Context, p *Pool, vdi xapi.Ref) error {
-			err := p.VDIDestroy(ctx, vdi)
-			if xapi.Is(err, xapi.HandleInvalid) {
-				return nil // it is gone
-			}
-			return err
+		callStage: answering(true, func(ctx context.Context, p *Pool, s StageSpec) (string, error) { return refText(p.Stage(ctx, s)) }),
+
+		"SRCreate":  answering(false, func(ctx context.Context, p *Pool, s SRSpec) (string, error) { return refText(p.SRCreate(ctx, s)) }),
+		"SRDestroy": obeying(true, func(ctx context.Context, p *Pool, sr xapi.Ref) error { return unlessGone(p.SRDestroy(ctx, sr)) }),
+		"SRForget":  obeying(true, func(ctx context.Context, p *Pool, sr xapi.Ref) error { return unlessGone(p.SRForget(ctx, sr)) }),
+		"SRScan":    obeying(true, func(ctx context.Context, p *Pool, sr xapi.Ref) error { return p.SRScan(ctx, sr) }),
+		"SRUpdate":  obeying(true, func(ctx context.Context, p *Pool, sr xapi.Ref) error { return p.SRUpdate(ctx, sr) }),
+		"SRProbe": answering(true, func(ctx context.Context, p *Pool, a probeCall) (string, error) {
+			return p.SRProbe(ctx, p.Self, a.Device, a.Type, a.SMConfig)
 		}),
-		"Resync":    obeying(true, func(ctx context.Context, p *Pool, _ struct{}) error { return p.Local.ResyncStamps(ctx) }),
-		"VDIUpdate": obeying(true, func(ctx context.Context, p *Pool, vdi xapi.Ref) error { return p.VDIUpdate(ctx, vdi) }),
-		"VDIRepair": obeying(true, func(ctx context.Context, p *Pool, vdi xapi.Ref) error { return p.VDIRepair(ctx, vdi) }),
+
+		"PBDPlug": obeying(true, func(ctx context.Context, p *Pool, a plugCall) error {
+			if err := p.takeLink(ctx, a); err != nil {
+				return err
+			}
+			return p.PBDPlug(ctx, a.Ref)
+		}),
+		"PBDUnplug":  obeying(true, func(ctx context.Context, p *Pool, pbd xapi.Ref) error { return p.PBDUnplug(ctx, pbd) }),
+		"PBDDestroy": obeying(true, func(ctx context.Context, p *Pool, pbd xapi.Ref) error { return unlessGone(p.PBDDestroy(ctx, pbd)) }),
+		"PBDSetDeviceConfig": obeying(true, func(ctx context.Context, p *Pool, a deviceCall) error {
+			return unlessGone(p.PBDSetDeviceConfig(ctx, a.Ref, a.Device))
+		}),
+
+		"VDICreate": answering(false, func(ctx context.Context, p *Pool, rec VDI) (string, error) { return refText(p.VDICreate(ctx, rec)) }),
+		"VDIIntroduce": answering(false, func(ctx context.Context, p *Pool, in VDIIntro) (string, error) {
+			return refText(p.VDIIntroduce(ctx, in))
+		}),
+		"VDIClone": answering(false, func(ctx context.Context, p *Pool, vdi xapi.Ref) (string, error) {
+			return refText(p.VDIClone(ctx, vdi, nil))
+		}),
+		"VDISnapshot": answering(false, func(ctx context.Context, p *Pool, vdi xapi.Ref) (string, error) {
+			return refText(p.VDISnapshot(ctx, vdi, nil))
+		}),
+		"VDICopy": answering(false, func(ctx context.Context, p *Pool, a copyCall) (string, error) {
+			return refText(p.VDICopy(ctx, a.VDI, a.SR, a.Base, a.Into))
+		}),
+		"VDIMakeMap": answering(true, func(ctx context.Context, p *Pool, vdi xapi.Ref) (string, error) { return p.VDIMakeMap(ctx, vdi) }),
+		"VDIResize":  obeying(true, func(ctx context.Context, p *Pool, a resizeCall) error { return p.VDIResize(ctx, a.VDI, a.Size) }),
+		"VDIForget":  obeying(true, func(ctx context.Context, p *Pool, vdi xapi.Ref) error { return unlessGone(p.VDIForget(ctx, vdi)) }),
+		"VDIDestroy": obeying(true, func(ctx context.Context, p *Pool, vdi xapi.Ref) error { return unlessGone(p.VDIDestroy(ctx, vdi)) }),
+		"VDIUpdate":  obeying(true, func(ctx context.Context, p *Pool, vdi xapi.Ref) error { return p.VDIUpdate(ctx, vdi) }),
+		"VDIRepair":  obeying(true, func(ctx context.Context, p *Pool, vdi xapi.Ref) error { return p.VDIRepair(ctx, vdi) }),
+		"VDIVerify": answering(true, func(ctx context.Context, p *Pool, vdi xapi.Ref) (string, error) {
+			report, err := p.VDIVerify(ctx, vdi)
+			if err != nil {
+				return "", err
+			}
+			b, err := json.Marshal(report)
+			return string(b), err
+		}),
+		"Resync": obeying(true, func(ctx context.Context, p *Pool, _ struct{}) error { return p.Local.ResyncStamps(ctx) }),
 	}
 }
+
+// unlessGone takes it for done that an object is gone.
+func unlessGone(err error) error {
+	if xapi.Is(err, xapi.HandleInvalid) {
+		return nil
+	}
+	return err
+}
+
+func refText(ref xapi.Ref, err error) (string, error) { return string(ref), err }
+
+// The parameters of the calls that have more than one.
+type (
+	probeCall struct {
+		Type     string            `json:"type"`
+		Device   map[string]string `json:"device_config"`
+		SMConfig map[string]string `json:"sm_config"`
+	}
+	// plugCall brings the records, which the host need not have.
+	plugCall struct {
+		Ref   xapi.Ref `json:"ref"`
+		PBD   PBD      `json:"PBD"`
+		SRRef xapi.Ref `json:"SR_ref"`
+		SR    SR       `json:"SR"`
+	}
+	deviceCall struct {
+		Ref    xapi.Ref          `json:"ref"`
+		Device map[string]string `json:"device_config"`
+	}
+	copyCall struct {
+		VDI  xapi.Ref `json:"VDI"`
+		SR   xapi.Ref `json:"SR"`
+		Base xapi.Ref `json:"base"`
+		Into xapi.Ref `json:"into"`
+	}
+	resizeCall struct {
+		VDI  xapi.Ref `json:"VDI"`
+		Size int64    `json:"size"`
+	}
+)

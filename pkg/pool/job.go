@@ -530,20 +530,31 @@ func (p *Pool) JobAlive(id xapi.UUID) bool {
 // jobKeep is how long a finished job stays, for whoever still waits for it.
 const jobKeep = time.Hour
 
-// CollectJobs removes the jobs that ended more than an hour ago.
+// CollectJobs removes the jobs that ended more than an hour ago, in batches: a run of
+// a large pool leaves thousands.
 func (p *Pool) CollectJobs(ctx context.Context) error {
-	return p.Store.Update(ctx, func(tx *store.Tx) error {
-		n := 0
-		for _, it := range tx.List(ClassJob) {
+	var old []xapi.Ref
+	err := p.Store.View(func(v *store.View) error {
+		for _, it := range v.List(ClassJob) {
 			var job Job
 			if err := it.Decode(&job); err != nil {
 				return err
 			}
-			if job.State == JobDone && p.Now().Sub(job.Finished) > jobKeep && n < 100 {
-				tx.Delete(ClassJob, it.Ref)
-				n++
+			if job.State == JobDone && p.Now().Sub(job.Finished) > jobKeep {
+				old = append(old, it.Ref)
 			}
 		}
 		return nil
 	})
+	for err == nil && len(old) > 0 {
+		batch := old[:min(setBatch, len(old))]
+		old = old[len(batch):]
+		err = p.Store.Update(ctx, func(tx *store.Tx) error {
+			for _, ref := range batch { // what is done never opens again
+				tx.Delete(ClassJob, ref)
+			}
+			return nil
+		})
+	}
+	return err
 }

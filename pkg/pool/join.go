@@ -198,6 +198,9 @@ func (p *Pool) admitHost(tx *store.Tx, req JoinRequest, key []byte) error {
 			return err
 		}
 		own := h.hasKey(key)
+		if len(h.Keys) == 0 && !h.Leaving && h.UUID == req.Host.UUID && it.Ref == req.Ref {
+			continue // its key was revoked, and it comes back with another
+		}
 		if own && (h.UUID != req.Host.UUID || it.Ref != req.Ref) || !own && (h.UUID == req.Host.UUID || it.Ref == req.Ref) {
 			return xapi.NewError(xapi.OperationNotAllowed, fmt.Sprintf(
 				"the pool has a host %s (%s) with this uuid or key already: eject it first", h.NameLabel, h.UUID))
@@ -212,6 +215,9 @@ func (p *Pool) admitHost(tx *store.Tx, req JoinRequest, key []byte) error {
 		return xapi.NewError(xapi.OperationNotAllowed, "the key of this host was revoked: give it another with `patchd pool rotate-key` and join again")
 	}
 	rec := fullHost(req.Host)
+	if old, err := store.Read[Host](tx, ClassHost, req.Ref); err == nil {
+		rec = old // the pool's words about it
+	}
 	rec.Keys = []HostKey{{SPKI: key, Added: p.Now().UTC()}}
 	rec.Coordinator, rec.Away = false, time.Time{}
 	rec.take(req.Facts)

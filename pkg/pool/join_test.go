@@ -242,6 +242,28 @@ func TestEject(t *testing.T) {
 	}
 }
 
+// A host whose key was revoked comes back with another one, as it was.
+func TestARevokedHostComesBackWithAnotherKey(t *testing.T) {
+	r := newRig(t)
+	m, _, _, _, req := joiner(t)
+	r.admitted(req, "key")
+	ctx := t.Context()
+	r.must(r.Store.Update(ctx, func(tx *store.Tx) error {
+		h, err := store.Read[Host](tx, ClassHost, m.Self)
+		h.Tags = []string{"a word of the pool"}
+		tx.Put(ClassHost, m.Self, h)
+		return err
+	}))
+	r.must(r.HostRevoke(ctx, m.Self))
+	_, err := r.Admit(ctx, req, []byte("key"), true)
+	r.wantCode("the revoked key", err, xapi.OperationNotAllowed)
+	r.admitted(req, "another key")
+	h := get[Host](r, ClassHost, m.Self)
+	if len(h.Keys) != 1 || !h.hasKey([]byte("another key")) || len(h.Tags) != 1 || r.count(ClassHost) != 2 {
+		t.Errorf("%+v", h)
+	}
+}
+
 // Whoever has the database is not kept out by taking a key away.
 func TestAHostWithTheDatabaseIsNotShutOutByItsKey(t *testing.T) {
 	r := newRig(t)

@@ -219,9 +219,13 @@ func (p *Pool) removeSources(ctx context.Context, patch xapi.Ref, rec Patch) err
 		return xapi.Internal("remove the file of patch %s (%s): %w", rec.NameLabel, rec.UUID, err)
 	}
 	if !rec.VDI.IsNull() {
+		golden, _ := p.vdi(rec.VDI) // without a record it has no replicas that are known
 		err := p.VDIDestroy(ctx, rec.VDI)
 		if err != nil && !xapi.Is(err, xapi.HandleInvalid) {
 			return err
+		}
+		if err := p.removeReplicas(ctx, golden.UUID); err != nil {
+			return fmt.Errorf("destroy the replicas of patch %s (%s): %w", rec.NameLabel, rec.UUID, err)
 		}
 	}
 	return p.Store.Update(ctx, func(tx *store.Tx) error {

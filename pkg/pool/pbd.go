@@ -90,6 +90,9 @@ func realPath(path string) string {
 // PBDDestroy removes an unplugged link. Codes: HANDLE_INVALID,
 // OPERATION_NOT_ALLOWED while it is plugged.
 func (p *Pool) PBDDestroy(ctx context.Context, ref xapi.Ref) error {
+	if err := p.tellLink(ctx, ref, "PBDDestroy", ref); err != nil {
+		return err
+	}
 	return p.Store.Update(ctx, func(tx *store.Tx) error {
 		if _, err := readUnplugged(tx, ref); err != nil {
 			return err
@@ -110,6 +113,9 @@ func readUnplugged(tx *store.Tx, ref xapi.Ref) (PBD, error) {
 // PBDSetDeviceConfig changes where an unplugged PBD finds its SR. Codes:
 // HANDLE_INVALID, OPERATION_NOT_ALLOWED while it is plugged, VALUE_NOT_SUPPORTED.
 func (p *Pool) PBDSetDeviceConfig(ctx context.Context, ref xapi.Ref, value map[string]string) error {
+	if err := p.tellLink(ctx, ref, "PBDSetDeviceConfig", deviceCall{ref, value}); err != nil {
+		return err
+	}
 	return p.Store.Update(ctx, func(tx *store.Tx) error {
 		rec, err := readUnplugged(tx, ref)
 		if err != nil {
@@ -129,8 +135,12 @@ func (p *Pool) PBDSetDeviceConfig(ctx context.Context, ref xapi.Ref, value map[s
 // this, SR_UNKNOWN_DRIVER, SR_BACKEND_FAILURE, VALUE_NOT_SUPPORTED,
 // OTHER_OPERATION_IN_PROGRESS ["SR", SR ref].
 func (p *Pool) PBDPlug(ctx context.Context, ref xapi.Ref) error {
-	rec, _, err := p.pbd(ref)
+	rec, of, err := p.pbd(ref)
 	if err != nil {
+		return err
+	}
+	if rec.Host != p.Self {
+		_, err := p.callOn(ctx, rec.Host, "PBDPlug", plugCall{ref, rec, rec.SR, of})
 		return err
 	}
 	if p.storage.repository(rec.SR) != nil && rec.CurrentlyAttached && rec.Host == p.Self {
@@ -230,7 +240,8 @@ func (p *Pool) PBDUnplug(ctx context.Context, ref xapi.Ref) error {
 		return err
 	}
 	if rec.Host != p.Self && rec.CurrentlyAttached {
-		return xapi.NewError(xapi.HostOffline, string(rec.Host))
+		_, err := p.callOn(ctx, rec.Host, "PBDUnplug", ref)
+		return err
 	}
 	release, err := p.holdSR(rec.SR, "unplug")
 	if err != nil {

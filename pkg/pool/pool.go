@@ -62,14 +62,23 @@ type Pool struct {
 	// Seen tells since when a host is connected, or is not; nil: all are.
 	Seen func(host xapi.Ref) (since time.Time, connected bool)
 
+	// Fetcher gets images from other hosts; nil: none can.
+	Fetcher Fetcher
+
+	// Ticket makes the right of a host to read the images with a map from others;
+	// nil: there are no tickets.
+	Ticket func(reader Host, digest string) ([]byte, error)
+
 	// Busy tells of a job that this host works on and that is in another store; may be nil.
 	Busy func(job xapi.UUID) bool
+
 	// Copies is how many hosts must have the image of an upload before Confirm
 	// confirms it, CopiesTimeout how long that may take, and StageOn has a host
 	// take the image; nil: no host can be asked to.
 	Copies        int
 	CopiesTimeout time.Duration
 	StageOn       func(ctx context.Context, patch, host xapi.Ref) error
+
 	// Confirmed tells whether enough hosts have the bytes of a patch that a run may
 	// begin with it: nil, or why not; nil itself: every patch is.
 	Confirmed func(patch xapi.Ref) error
@@ -80,8 +89,9 @@ type Pool struct {
 	// Also is what Examine looks at beside the records and the storage; may be nil.
 	Also func(ctx context.Context) ([]Finding, error)
 
-	storage Storage
-	runs    runsInHand
+	storage  Storage
+	runs     runsInHand
+	fetching fetching
 }
 
 // Options says who this host is and where its things lie.

@@ -28,6 +28,10 @@ import (
 // OPERATION_NOT_ALLOWED for a VDI without a map, VDI_CONTENT_CHANGED [VDI ref,
 // text] when there is not enough to repair it from, TASK_CANCELLED.
 func (p *Pool) VDIRepair(ctx context.Context, ref xapi.Ref) error {
+	if host, yes := p.vdiElsewhere(ref); yes {
+		_, err := p.callOn(ctx, host, "VDIRepair", ref)
+		return err
+	}
 	if err := p.repairVDI(ctx, ref); err != nil {
 		return err
 	}

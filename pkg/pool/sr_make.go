@@ -20,8 +20,10 @@ func (p *Pool) SRCreate(ctx context.Context, s SRSpec) (xapi.Ref, error) {
 	if err := p.checkSpec(s); err != nil {
 		return "", err
 	}
-	if err := p.assertSelf(s.Host); err != nil {
+	if yes, err := p.isOther(s.Host); err != nil {
 		return "", err
+	} else if yes {
+		return p.makeOn(ctx, s.Host, "SRCreate", s)
 	}
 	d, err := p.driver(s.Type)
 	if err != nil {
@@ -147,6 +149,10 @@ func destroySR(ctx context.Context, d sr.Driver, c sr.Config) error {
 // when nothing says where it is, SR_HAS_PBD [SR ref] when another host has it
 // plugged, OTHER_OPERATION_IN_PROGRESS ["SR", ref].
 func (p *Pool) SRDestroy(ctx context.Context, ref xapi.Ref) error {
+	if host, yes := p.onlyElsewhere(ref); yes {
+		_, err := p.callOn(ctx, host, "SRDestroy", ref)
+		return err
+	}
 	release, err := p.holdSR(ref, opDestroy)
 	if err != nil {
 		return err

@@ -110,6 +110,9 @@ func (p *Pool) SRIntroduce(ctx context.Context, uuid xapi.UUID, s SRSpec) (xapi.
 // drafts in it are dropped.
 // Codes: HANDLE_INVALID, SR_HAS_PBD [SR ref] while it is plugged, VDI_IN_USE.
 func (p *Pool) SRForget(ctx context.Context, ref xapi.Ref) error {
+	if err := p.forgetElsewhere(ctx, ref); err != nil {
+		return err
+	}
 	release, err := p.holdSR(ref, "forget")
 	if err != nil {
 		return err
@@ -220,8 +223,10 @@ func clearRefs(gone xapi.Ref, fields ...*xapi.Ref) (any bool) {
 // HANDLE_INVALID, HOST_OFFLINE [host ref] for another host than this,
 // SR_UNKNOWN_DRIVER, VALUE_NOT_SUPPORTED, SR_BACKEND_FAILURE.
 func (p *Pool) SRProbe(ctx context.Context, host xapi.Ref, deviceConfig map[string]string, typ string, smConfig map[string]string) (string, error) {
-	if err := p.assertSelf(host); err != nil {
+	if yes, err := p.isOther(host); err != nil {
 		return "", err
+	} else if yes {
+		return p.callOn(ctx, host, "SRProbe", probeCall{typ, deviceConfig, smConfig})
 	}
 	d, err := p.driver(typ)
 	if err != nil {
@@ -230,16 +235,14 @@ func (p *Pool) SRProbe(ctx context.Context, host xapi.Ref, deviceConfig map[stri
 	return d.Probe(ctx, p.config("", deviceConfig, smConfig))
 }
 
-// assertSelf refuses another host than this. Codes: HANDLE_INVALID, HOST_OFFLINE.
-func (p *Pool) assertSelf(host xapi.Ref) error {
+// isOther tells whether a host is another one than this. Code: HANDLE_INVALID.
+func (p *Pool) isOther(host xapi.Ref) (bool, error) {
 	if host == p.Self {
-		return nil
+		return false, nil
 	}
-	return p.Store.View(func(v *store.View) error {
-		if _, err := store.Get[Host](v, ClassHost, host); err != nil {
-			return err
-		}
-		return xapi.NewError(xapi.HostOffline, string(host))
+	return true, p.Store.View(func(v *store.View) error {
+		_, err := store.Get[Host](v, ClassHost, host)
+		return err
 	})
 }
 

@@ -174,6 +174,7 @@ func TestPBDsAreChecked(t *testing.T) {
 	r.must(r.Store.Update(ctx, func(tx *store.Tx) error { tx.Put(ClassHost, host, Host{UUID: xapi.NewUUID()}); return nil }))
 	far, err := r.PBDCreate(ctx, PBD{Host: host, SR: other, DeviceConfig: map[string]string{"location": "/x/y"}})
 	r.must(err)
+	r.Connected = func(h xapi.Ref) bool { return h == r.Self }
 	r.wantCode("plug on another host", r.PBDPlug(ctx, far), xapi.HostOffline, string(host))
 	r.must(r.SRSetShared(ctx, other, true))
 	r.wantCode("no longer shared with two PBDs", r.SRSetShared(ctx, other, false), xapi.OperationNotAllowed)

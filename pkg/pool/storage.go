@@ -16,12 +16,13 @@ import (
 // repositories that are attached here, and who uses what at this moment. Its
 // zero value is ready.
 type Storage struct {
-	mu     sync.Mutex
-	repos  map[xapi.Ref]sr.Repository // by SR
-	users  map[xapi.Ref]int           // of a VDI or an SR, shared
-	held   map[xapi.Ref]string        // the operation that has a VDI or an SR for itself
-	active map[xapi.UUID]bool         // intents that a call of this process looks after
-	looks  map[xapi.Ref][]*glance     // of a VDI or an SR; they give way
+	mu      sync.Mutex
+	repos   map[xapi.Ref]sr.Repository // by SR
+	users   map[xapi.Ref]int           // of a VDI or an SR, shared
+	held    map[xapi.Ref]string        // the operation that has a VDI or an SR for itself
+	active  map[xapi.UUID]bool         // intents that a call of this process looks after
+	looks   map[xapi.Ref][]*glance     // of a VDI or an SR; they give way
+	staging map[string]chan struct{}   // images that are staged, by the digest of their map
 }
 
 // opDestroy is the one operation after which there is nothing to wait for.

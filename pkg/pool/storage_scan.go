@@ -23,6 +23,10 @@ const scanBatch = 40
 // as missing, sizes are read again. Working data is left alone. Codes:
 // HANDLE_INVALID, SR_HAS_NO_PBDS, SR_NOT_ATTACHED, OTHER_OPERATION_IN_PROGRESS.
 func (p *Pool) SRScan(ctx context.Context, ref xapi.Ref) error {
+	if host, yes := p.elsewhere(ref); yes {
+		_, err := p.callOn(ctx, host, "SRScan", ref)
+		return err
+	}
 	repo, release, err := p.useSR(ref)
 	if err != nil {
 		return err
@@ -36,6 +40,10 @@ func (p *Pool) SRScan(ctx context.Context, ref xapi.Ref) error {
 
 // SRUpdate reads the sizes of an SR again. Codes: those of SRScan.
 func (p *Pool) SRUpdate(ctx context.Context, ref xapi.Ref) error {
+	if host, yes := p.elsewhere(ref); yes {
+		_, err := p.callOn(ctx, host, "SRUpdate", ref)
+		return err
+	}
 	repo, release, err := p.useSR(ref)
 	if err != nil {
 		return err

@@ -66,6 +66,9 @@ func (p *Pool) VDICreate(ctx context.Context, rec VDI) (xapi.Ref, error) {
 		return "", err
 	}
 	rec.IsASnapshot, rec.SnapshotOf, rec.SnapshotTime = false, xapi.NullRef, xapi.Epoch
+	if host, yes := p.elsewhere(rec.SR); yes {
+		return p.makeOn(ctx, host, "VDICreate", rec)
+	}
 	return p.NewVDI(ctx, NewVDI{SR: rec.SR, VDI: rec, VirtualSize: size, Commit: settling(task.FromContext(ctx).Ref(), nil)})
 }
 
@@ -75,6 +78,9 @@ func (p *Pool) VDICreate(ctx context.Context, rec VDI) (xapi.Ref, error) {
 // VDI_IN_USE [VDI ref, operation], VDI_NOT_AVAILABLE while another call
 // destroys it.
 func (p *Pool) VDIDestroy(ctx context.Context, ref xapi.Ref) error {
+	if host, yes := p.vdiElsewhere(ref); yes {
+		return p.destroyOn(ctx, host, ref)
+	}
 	rec, repo, release, err := p.holdVDI(ref, opDestroy)
 	if err != nil {
 		return err
@@ -201,6 +207,10 @@ func (p *Pool) restoreVDI(ctx context.Context, intentRef xapi.Ref) error {
 // introduces it again. A patch in it names no VDI any more. Codes:
 // HANDLE_INVALID, VDI_IN_USE, VDI_NOT_AVAILABLE.
 func (p *Pool) VDIForget(ctx context.Context, ref xapi.Ref) error {
+	if host, yes := p.vdiElsewhere(ref); yes {
+		_, err := p.callOn(ctx, host, "VDIForget", ref)
+		return err
+	}
 	release, holder, ok := p.storage.hold(ref, "forget")
 	if !ok {
 		return vdiBusy(ref, holder, "forget")
@@ -219,6 +229,10 @@ func (p *Pool) VDIForget(ctx context.Context, ref xapi.Ref) error {
 
 // VDIUpdate reads size and presence of a VDI from its SR. Codes: those of UseVDI.
 func (p *Pool) VDIUpdate(ctx context.Context, ref xapi.Ref) error {
+	if host, yes := p.vdiElsewhere(ref); yes {
+		_, err := p.callOn(ctx, host, "VDIUpdate", ref)
+		return err
+	}
 	rec, repo, release, err := p.useVDI(ref)
 	if err != nil {
 		return err
@@ -301,6 +315,9 @@ type VDIIntro struct {
 func (p *Pool) VDIIntroduce(ctx context.Context, in VDIIntro) (xapi.Ref, error) {
 	if err := checkType(in.VDI.Type); err != nil {
 		return "", err
+	}
+	if host, yes := p.elsewhere(in.VDI.SR); yes {
+		return p.makeOn(ctx, host, "VDIIntroduce", in)
 	}
 	repo, release, err := p.useSR(in.VDI.SR)
 	if err != nil {

@@ -20,6 +20,9 @@ import (
 // done. The clone can be written to, also when the source cannot. driverParams
 // are ignored. Codes: those of UseVDI and NewVDI, VDI_MISSING.
 func (p *Pool) VDIClone(ctx context.Context, ref xapi.Ref, driverParams map[string]string) (xapi.Ref, error) {
+	if host, yes := p.vdiElsewhere(ref); yes {
+		return p.makeOn(ctx, host, "VDIClone", ref)
+	}
 	rec, repo, release, err := p.useVDI(ref)
 	if err != nil {
 		return "", err
@@ -32,6 +35,9 @@ func (p *Pool) VDIClone(ctx context.Context, ref xapi.Ref, driverParams map[stri
 // and the time. Codes: those of VDIClone, SR_OPERATION_NOT_SUPPORTED [SR ref]
 // where the SR has no VDI_SNAPSHOT.
 func (p *Pool) VDISnapshot(ctx context.Context, ref xapi.Ref, driverParams map[string]string) (xapi.Ref, error) {
+	if host, yes := p.vdiElsewhere(ref); yes {
+		return p.makeOn(ctx, host, "VDISnapshot", ref)
+	}
 	rec, repo, release, err := p.useVDI(ref)
 	if err != nil {
 		return "", err
@@ -51,6 +57,9 @@ func (p *Pool) VDISnapshot(ctx context.Context, ref xapi.Ref, driverParams map[s
 // for everything is copied. Codes: those of UseVDI and NewVDI, VDI_MISSING,
 // VDI_TOO_SMALL [into, bytes needed], VDI_READONLY [into], VDI_IN_USE [into, "copy"].
 func (p *Pool) VDICopy(ctx context.Context, ref, dst, base, into xapi.Ref) (xapi.Ref, error) {
+	if made, done, err := p.copyElsewhere(ctx, copyCall{ref, dst, base, into}); done || err != nil {
+		return made, err
+	}
 	rec, repo, release, err := p.useVDI(ref)
 	if err != nil {
 		return "", err
@@ -72,6 +81,12 @@ func (p *Pool) VDICopy(ctx context.Context, ref, dst, base, into xapi.Ref) (xapi
 // old one is destroyed. options are ignored. Codes: those of VDICopy and
 // VDIDestroy.
 func (p *Pool) VDIPoolMigrate(ctx context.Context, ref, dst xapi.Ref, options map[string]string) (xapi.Ref, error) {
+	if _, yes := p.vdiElsewhere(ref); yes {
+		return p.migrateElsewhere(ctx, ref, dst)
+	}
+	if _, yes := p.elsewhere(dst); yes {
+		return p.migrateElsewhere(ctx, ref, dst)
+	}
 	rec, repo, release, err := p.holdVDI(ref, "pool_migrate")
 	if err != nil {
 		return "", err
@@ -216,6 +231,10 @@ func writeZeros(ctx context.Context, f *os.File, size int64) error {
 func (p *Pool) VDIResize(ctx context.Context, ref xapi.Ref, size int64) error {
 	size, err := checkSize(size)
 	if err != nil {
+		return err
+	}
+	if host, yes := p.vdiElsewhere(ref); yes {
+		_, err := p.callOn(ctx, host, "VDIResize", resizeCall{ref, size})
 		return err
 	}
 	rec, repo, release, err := p.holdVDI(ref, "resize")

@@ -67,6 +67,9 @@ func noMap(rec VDI) error {
 // Codes: those of UseVDI, VDI_MISSING, OPERATION_NOT_ALLOWED for a VDI without a
 // map, TASK_CANCELLED.
 func (p *Pool) VDIVerify(ctx context.Context, ref xapi.Ref) (VerifyReport, error) {
+	if host, yes := p.vdiElsewhere(ref); yes {
+		return p.verifyOn(ctx, host, ref)
+	}
 	rec, repo, release, err := p.useVDI(ref)
 	if err != nil {
 		return VerifyReport{}, err

@@ -38,6 +38,7 @@ func (s *Server) lead(ctx context.Context, serving func()) error {
 
 func (s *Server) serveLeading(ctx context.Context, serving func()) error {
 	defer s.tasks.Stop()
+	s.openHub()
 	if err := s.takeOver(ctx); err != nil {
 		return fmt.Errorf("repair at start: %w", err)
 	}
@@ -237,5 +238,5 @@ func (s *Server) takeUp(ctx context.Context, ref xapi.Ref, f func(context.Contex
 
 // keepHouse is the housekeeping of the pool.
 func (s *Server) keepHouse(ctx context.Context) error {
-	return errors.Join(s.tasks.GC(ctx), s.pool.CollectJobs(ctx), s.pool.CollectRuns(ctx), s.sessions.GC(ctx))
+	return errors.Join(s.tasks.GC(ctx), s.pool.CollectJobs(ctx), s.pool.CollectRuns(ctx), s.pool.CollectReplicas(ctx), s.sessions.GC(ctx))
 }

@@ -46,8 +46,11 @@ func (s *Server) openLink(ctx context.Context) (err error) {
 
 // agentServes is whom this host's agent works for, and on what.
 func (s *Server) agentServes() (agent.Coordinator, agent.Storage) {
-	if s.member == nil {
+	if s.member == nil && s.link == nil {
 		return s.pool, s.pool
+	}
+	if s.member == nil {
+		return clusterHost{s.pool, s}, s.pool
 	}
 	s.pool.Busy = func(job xapi.UUID) bool { return s.agent.Knows(job) }
 	return s.link, memberStorage{s.pool, s.told}
@@ -161,12 +164,4 @@ func samePeers(a, b []pool.Peer) bool {
 		}
 	}
 	return true
-}
-
-// hubBackend is the pool as hosts ask it.
-type hubBackend struct{ *pool.Pool }
-
-// Sources names no host: blocks do not go between hosts yet.
-func (hubBackend) Sources(context.Context, xapi.Ref, string, bool) (pool.Sources, error) {
-	return pool.Sources{}, xapi.NewError(xapi.NotImplemented, "sources")
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/patchd/patchd/pkg/event"
 	"github.com/patchd/patchd/pkg/link"
 	"github.com/patchd/patchd/pkg/patch"
+	"github.com/patchd/patchd/pkg/peer"
 	"github.com/patchd/patchd/pkg/session"
 	"github.com/patchd/patchd/pkg/store"
 	"github.com/patchd/patchd/pkg/trust"
@@ -40,6 +41,8 @@ func (s *Server) apiRoutes() (*xenapi.Server, *mux.Router, error) {
 	s.cli = thincli.New(thincli.Over(api), thincli.Options{Log: s.log, Local: thincli.TrustedRequest})
 	r.Handle("/cli", s.cli).Methods(http.MethodPost)
 	r.HandleFunc(joinPath, s.serveJoin).Methods(http.MethodPost)
+	r.Handle(peer.PathBlocks, s.node)
+	r.Handle(peer.PathMap, s.node)
 	return api, r, nil
 }
 
@@ -49,11 +52,6 @@ func (s *Server) routes(ctx context.Context) (http.Handler, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.hub = link.NewHub(link.Options{
-		Store: s.store, Pool: hubBackend{s.pool}, Log: s.log, Version: s.version, Self: s.pool.Self,
-		Term: func() int64 { return s.leader.Revision }, Known: session.Proven,
-	})
-	s.pool.Connected, s.pool.Seen = s.hub.Connected, s.hub.Seen
 	r.Handle(linkPath, s.hub).Methods(http.MethodPost)
 	r.Handle("/pool_patch_download", s.hub.Authenticated(s.sendPatchFile)).Methods(http.MethodGet).MatcherFunc(fromHost)
 	s.uploads = upload.New(upload.Options{
@@ -72,6 +70,16 @@ func (s *Server) routes(ctx context.Context) (http.Handler, error) {
 	s.uploads.Routes(r)
 	api.Routes(r)
 	return r, nil
+}
+
+// openHub makes what other hosts connect to. Work that goes on from before asks
+// it who is there.
+func (s *Server) openHub() {
+	s.hub = link.NewHub(link.Options{
+		Store: s.store, Pool: s.pool, Log: s.log, Version: s.version, Self: s.pool.Self,
+		Term: func() int64 { return s.leader.Revision }, Known: session.Proven,
+	})
+	s.pool.Connected, s.pool.Seen = s.hub.Connected, s.hub.Seen
 }
 
 // fromHost tells whether a request was made as hosts make them to each other.

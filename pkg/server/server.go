@@ -20,6 +20,7 @@ import (
 	"github.com/patchd/patchd/pkg/agent"
 	"github.com/patchd/patchd/pkg/dom0"
 	"github.com/patchd/patchd/pkg/link"
+	"github.com/patchd/patchd/pkg/peer"
 	"github.com/patchd/patchd/pkg/pool"
 	"github.com/patchd/patchd/pkg/session"
 	"github.com/patchd/patchd/pkg/sr/all"
@@ -57,9 +58,11 @@ type Server struct {
 	hostname string
 	version  string
 	runner   []string
-	member   *membership             // as it was at the start; nil: this host is none
-	link     *link.Client            // to the coordinator; nil on one that has the embedded database
-	told     *inventory              // of a member: what the coordinator knows of its storage
+	member   *membership  // as it was at the start; nil: this host is none
+	link     *link.Client // to the coordinator; nil on one that has the embedded database
+	told     *inventory   // of a member: what the coordinator knows of its storage
+	peers    *peers       // how this host gives and takes blocks
+	node     *peer.Node
 	hub      *link.Hub               // of the coordinator, while it leads
 	joining  atomic.Bool             // this host has asked another pool to take it in
 	reopen   context.CancelCauseFunc // ends Run; set by it
@@ -280,6 +283,7 @@ func (s *Server) openPool(ctx context.Context) (err error) {
 	if err := s.openLink(ctx); err != nil {
 		return err
 	}
+	s.openPeers()
 	coordinator, storage := s.agentServes()
 	s.agent = agent.New(agent.Options{
 		Coordinator: coordinator, Storage: storage, Dom0: s.dom0, Log: s.log,
@@ -452,5 +456,6 @@ func (s *Server) Close() error {
 	defer cancel()
 	err := s.pool.DetachStorage(ctx)
 	s.sessions.Close()
+	s.peers.close()
 	return errors.Join(err, s.store.Close(), s.dom0.Close(), s.unlock())
 }

@@ -143,12 +143,10 @@ func TestResume(t *testing.T) {
 	err = s.store.Update(ctx, func(tx *store.Tx) error {
 		tx.Put(pool.ClassPatch, half, pool.Patch{UUID: xapi.NewUUID(), VDI: xapi.NullRef, Unconfirmed: &pool.Unconfirmed{Task: uploader, Since: time.Now()}})
 		tx.Put(pool.ClassPatch, patch, pool.Patch{UUID: xapi.NewUUID(), NameLabel: "p", VDI: xapi.NullRef, AfterApplyGuidance: []xapi.Guidance{}})
-		of := xapi.NewUUID()
-		tx.Put(pool.ClassRun, run, pool.Run{
-			UUID: of, Patch: patch, Task: xapi.NewRef(), State: pool.RunRunning, Classic: true, Waves: []string{"all"}, Total: 1,
-			Policy: pool.Policy{AtOnce: 1, StopAfter: 1},
-		})
-		tx.Put(pool.ClassRunHost, xapi.NewRef(), pool.RunHost{Run: of, Host: s.pool.Self, State: pool.HostReady})
+		rec := pool.Run{UUID: xapi.NewUUID(), Patch: patch, Task: xapi.NewRef(), Classic: true, State: pool.RunRunning}
+		rec.Policy = pool.Policy{AtOnce: 1, StopAfter: 1, NoPrecheck: true}
+		tx.Put(pool.ClassRun, run, rec)
+		tx.Put(pool.ClassRunHost, xapi.NewRef(), pool.RunHost{Run: rec.UUID, Host: s.pool.Self, State: pool.HostWaiting})
 		tx.Put(pool.ClassJob, xapi.NewRef(), pool.Job{
 			UUID: xapi.NewUUID(), Kind: pool.JobPrecheck, Patch: patch, Host: s.pool.Self, Task: owner, State: pool.JobDone, Output: "fine", Finished: time.Now(),
 		})

@@ -3,11 +3,13 @@ package server
 import (
 	"context"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"sync"
 	"time"
 
+	"github.com/patchd/patchd/pkg/agent"
 	"github.com/patchd/patchd/pkg/link"
 	"github.com/patchd/patchd/pkg/pool"
 	"github.com/patchd/patchd/pkg/store"
@@ -157,4 +159,22 @@ func (s *Server) healthz(w http.ResponseWriter, _ *http.Request) {
 	default:
 		fmt.Fprintf(w, "ok\nrole: %s\ncoordinator: %s\n", s.role()["role"], address)
 	}
+}
+
+// clusterHost is what the agent of a host with the pool's database works for:
+// the database itself, but classic files lie on the host that leads.
+type clusterHost struct {
+	*pool.Pool
+	s *Server
+}
+
+var _ agent.Coordinator = clusterHost{}
+
+// FetchPatch gives the file of a patch: that of this host, else the leader's.
+func (c clusterHost) FetchPatch(ctx context.Context, uuid xapi.UUID) (io.ReadCloser, int64, error) {
+	f, size, err := c.Pool.FetchPatch(ctx, uuid)
+	if err == nil || c.s.leads.Load() != nil {
+		return f, size, err
+	}
+	return c.s.link.FetchPatch(ctx, uuid)
 }

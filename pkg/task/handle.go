@@ -252,3 +252,9 @@ func tail(s string, n int) string {
 	}
 	return s
 }
+
+// Detached gives a context that ends with ctx and has no task: what is done in it
+// neither reports to the task nor decides how it ends.
+func Detached(ctx context.Context) context.Context {
+	return context.WithValue(ctx, handleKey{}, (*Handle)(nil))
+}

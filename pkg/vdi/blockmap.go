@@ -125,11 +125,16 @@ func blocksOf(size int64) int64 { return (size + MapBlock - 1) / MapBlock }
 
 // Sum gives the sum of block index; ok is false when it is all zeros.
 func (m *Map) Sum(index int64) (sum [sha256.Size]byte, ok bool) {
-	i, ok := slices.BinarySearchFunc(m.Blocks, index, func(b Block, index int64) int { return cmp.Compare(b.Index, index) })
+	i, ok := m.Find(index)
 	if !ok {
 		return sum, false
 	}
 	return m.Blocks[i].Sum, true
+}
+
+// Find gives the place of block index in Blocks; ok is false when it is all zeros.
+func (m *Map) Find(index int64) (at int, ok bool) {
+	return slices.BinarySearchFunc(m.Blocks, index, func(b Block, index int64) int { return cmp.Compare(b.Index, index) })
 }
 
 // Span is the place of block index: its offset, and its length in bytes.

@@ -44,6 +44,8 @@ func TestEachMessageCallsItsMethod(t *testing.T) {
 		{"patchd.run_pause", []any{"x"}, "RunPause(x)", nil},
 		{"patchd.run_resume", []any{"x"}, "RunResume(x)", nil},
 		{"patchd.run_cancel", []any{"x"}, "RunCancel(x)", nil},
+		{"patchd.patch_stage", []any{a}, "PatchStage(" + a + ", [])", nil},
+		{"patchd.patch_stage", []any{a, []any{b}}, "PatchStage(" + a + ", [" + b + "])", nil},
 		{"patchd.run_retry", []any{"x"}, "RunRetry(x, [])", nil},
 		{"patchd.run_retry", []any{"x", []any{b}}, "RunRetry(x, [" + b + "])", nil},
 		{"patchd.why", []any{b, a}, "Why(" + b + ", " + a + ")", []any{"because"}},

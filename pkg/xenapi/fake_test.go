@@ -356,3 +356,8 @@ func (p *fakePool) HostResync(_ context.Context, host xapi.Ref) error {
 	p.note("HostResync", host)
 	return nil
 }
+
+func (p *fakePool) PatchStage(_ context.Context, patch xapi.Ref, hosts []xapi.Ref) error {
+	p.note("PatchStage", patch, hosts)
+	return nil
+}

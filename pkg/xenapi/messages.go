@@ -11,7 +11,7 @@ func allMessages(m *Model) []*Message {
 	var all []*Message
 	for _, list := range [][]*Message{
 		sessionMessages(), eventMessages(m), taskMessages(), patchMessages(), poolMessages(), hostMessages(),
-		srMessages(), pbdMessages(), vdiMessages(m), messageMessages(m), ownMessages(), verifyMessages(), roomMessages(), memberMessages(), runMessages(),
+		srMessages(), pbdMessages(), vdiMessages(m), messageMessages(m), ownMessages(), verifyMessages(), roomMessages(), memberMessages(), runMessages(), stageMessages(),
 	} {
 		all = append(all, list...)
 	}

@@ -17,6 +17,7 @@ type Pool interface {
 	RoomPool
 	MemberPool
 	RunPool
+	StagePool
 	MessageCreate(ctx context.Context, name string, priority int64, cls string, object xapi.UUID, body string) (xapi.Ref, error)
 	MessageDestroy(ctx context.Context, message xapi.Ref) error
 }
