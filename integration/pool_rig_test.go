@@ -12,19 +12,19 @@ import (
 
 // runRecord is what `run show` tells of a run.
 type runRecord struct {
-	UUID, State, Reason string
-	Hosts               []runHost
+	Run struct{ UUID, State, Reason string }
+	// Hosts are in the order of the run.
+	Hosts []runHost
 }
 
-// runHost is one host of a run, in its order.
+// runHost is one host of a run.
 type runHost struct {
 	Host     string // uuid
-	Order    int
-	Wave     int
+	Wave     string // its name
 	State    string
 	Reason   string
-	Attempts int
-	Error    []string
+	Attempts string
+	Error    string // the code
 }
 
 // startRun begins a run by the command line and gives its uuid.
@@ -38,14 +38,13 @@ func startRun(h *lab.Host, w *lab.Work, flags ...string) string {
 	return words[len(words)-1]
 }
 
-// showRun gives a run, its hosts in their order.
+// showRun gives a run.
 func showRun(h *lab.Host, run string) (r runRecord) {
 	h.T.Helper()
 	out := h.Must("run", "show", run, "--output", "json")
 	if err := json.Unmarshal([]byte(out), &r); err != nil {
 		h.T.Fatalf("%v in %s", err, out)
 	}
-	slices.SortFunc(r.Hosts, func(a, b runHost) int { return a.Order - b.Order })
 	return r
 }
 
@@ -55,7 +54,7 @@ func ended(h *lab.Host, run string, limit time.Duration) runRecord {
 	var r runRecord
 	for end := time.Now().Add(limit); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
 		r = showRun(h, run)
-		if slices.Contains([]string{"done", "stopped", "cancelled"}, r.State) {
+		if slices.Contains([]string{"done", "stopped", "cancelled"}, r.Run.State) {
 			return r
 		}
 	}
@@ -71,7 +70,7 @@ func (r runRecord) of(t testing.TB, h *lab.Host) runHost {
 			return x
 		}
 	}
-	t.Fatalf("run %s has no host %s: %+v", r.UUID, h.UUID(), r.Hosts)
+	t.Fatalf("run %s has no host %s: %+v", r.Run.UUID, h.UUID(), r.Hosts)
 	return runHost{}
 }
 
@@ -81,7 +80,7 @@ func inOrder(t testing.TB, p *lab.Pool, r runRecord) (hosts []*lab.Host) {
 	for _, x := range r.Hosts {
 		i := slices.IndexFunc(p.Hosts, func(h *lab.Host) bool { return h.UUID() == x.Host })
 		if i < 0 {
-			t.Fatalf("run %s has a host %s that nobody knows", r.UUID, x.Host)
+			t.Fatalf("run %s has a host %s that nobody knows", r.Run.UUID, x.Host)
 		}
 		hosts = append(hosts, p.Hosts[i])
 	}

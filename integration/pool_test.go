@@ -98,7 +98,7 @@ func TestC2_HostsThatDiffer(t *testing.T) {
 		return s.State(w, first) == "applied" && s.State(w, without) == "applied" && s.State(w, sharing) == "applied" &&
 			showRun(first, run).of(t, small).State == "failed"
 	})
-	if x := showRun(first, run).of(t, small); len(x.Error) == 0 || x.Error[0] != "PATCH_PRECHECK_FAILED_OUT_OF_SPACE" {
+	if x := showRun(first, run).of(t, small); x.Error != "PATCH_PRECHECK_FAILED_OUT_OF_SPACE" {
 		t.Errorf("the small host: %+v", x)
 	}
 	if _, received := sharing.Node.Traffic(); received-sent > 16*mib {
@@ -139,7 +139,7 @@ func TestC5_StopsAtTheFirstFailure(t *testing.T) {
 	refused := p.Hosts[4]
 	w.Tell(lab.Refuse, refused)
 	r := ended(first, startRun(first, w), time.Minute)
-	if x := r.of(t, refused); r.State != "stopped" || x.State != "failed" || x.Error[0] != "PATCH_PRECHECK_FAILED_UNKNOWN_ERROR" {
+	if x := r.of(t, refused); r.Run.State != "stopped" || x.State != "failed" || x.Error != "PATCH_PRECHECK_FAILED_UNKNOWN_ERROR" {
 		t.Errorf("a precheck that refuses: %+v", r)
 	}
 	untouched(t, w, p.Hosts...)
@@ -153,7 +153,7 @@ func TestC5_StopsAtTheFirstFailure(t *testing.T) {
 	if order = inOrder(t, p, r); order[0] != first || order[1] != second {
 		t.Fatalf("the order is another now: %+v", r)
 	}
-	if x := r.of(t, second); r.State != "stopped" || x.State != "failed" || !strings.Contains(strings.Join(x.Error, " "), "told to fail") {
+	if x := r.of(t, second); r.Run.State != "stopped" || x.State != "failed" || !strings.Contains(x.Reason, "told to fail") {
 		t.Errorf("%+v", r)
 	}
 	if !strings.Contains(first.Must("run", "show", run), "told to fail") {
@@ -173,7 +173,7 @@ func TestC5_StopsAtTheFirstFailure(t *testing.T) {
 	w.Relent(lab.Fail, second)
 	w.Asked(second)
 	first.Must("run", "retry", run)
-	if r = ended(first, run, time.Minute); r.State != "done" {
+	if r = ended(first, run, time.Minute); r.Run.State != "done" {
 		t.Errorf("retried: %+v", r)
 	}
 	everywhere(t, s, w, p.Hosts...)
@@ -197,7 +197,7 @@ func TestC5_PoliciesDoWhatTheySay(t *testing.T) {
 	// One host, then two at once, then the other two at once.
 	w := slow()
 	r := ended(first, startRun(first, w, "--canary", "1", "--waves", "2", "--at-once", "3", "--coordinator", "any"), time.Minute)
-	if r.State != "done" {
+	if r.Run.State != "done" {
 		t.Fatalf("%+v", r)
 	}
 	everywhere(t, s, w, p.Hosts...)
@@ -208,8 +208,8 @@ func TestC5_PoliciesDoWhatTheySay(t *testing.T) {
 	for i, h := range hosts {
 		for j, earlier := range hosts[:i] {
 			begun, _ := w.Span(h)
-			if _, done := w.Span(earlier); r.Hosts[j].Wave < r.Hosts[i].Wave && begun.Before(done) {
-				t.Errorf("host %d of wave %d began before host %d of wave %d was done", i, r.Hosts[i].Wave, j, r.Hosts[j].Wave)
+			if _, done := w.Span(earlier); r.Hosts[j].Wave != r.Hosts[i].Wave && begun.Before(done) {
+				t.Errorf("host %d of wave %s began before host %d of wave %s was done", i, r.Hosts[i].Wave, j, r.Hosts[j].Wave)
 			}
 		}
 	}
@@ -226,7 +226,7 @@ func TestC5_PoliciesDoWhatTheySay(t *testing.T) {
 	w = slow()
 	w.Tell(lab.Fail, hosts[:2]...)
 	r = ended(first, startRun(first, w, "--stop-percent", "40", "--coordinator", "last"), time.Minute)
-	if r.State != "stopped" || r.of(t, hosts[0]).State != "failed" || r.of(t, hosts[1]).State != "failed" {
+	if r.Run.State != "stopped" || r.of(t, hosts[0]).State != "failed" || r.of(t, hosts[1]).State != "failed" {
 		t.Errorf("40 percent: %+v", r)
 	}
 	untouched(t, w, hosts[2:]...)
@@ -243,11 +243,11 @@ func TestC5_PoliciesDoWhatTheySay(t *testing.T) {
 	w.Relent(lab.Hold, hosts[1])
 	until(t, "the second host to be done", func() bool { return s.State(w, hosts[1]) == "applied" })
 	untouched(t, w, hosts[2:]...)
-	if r := showRun(first, run); r.State != "paused" || r.of(t, hosts[2]).State == "applying" {
+	if r := showRun(first, run); r.Run.State != "paused" || r.of(t, hosts[2]).State == "applying" {
 		t.Errorf("paused: %+v", r)
 	}
 	first.Must("run", "resume", run)
-	if r := ended(first, run, time.Minute); r.State != "done" {
+	if r := ended(first, run, time.Minute); r.Run.State != "done" {
 		t.Errorf("resumed: %+v", r)
 	}
 	everywhere(t, s, w, p.Hosts...)

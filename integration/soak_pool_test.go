@@ -209,7 +209,7 @@ func (s *poolSoaker) finishRun(t *testing.T, w *lab.Work, run string) {
 		for _, x := range r.Hosts {
 			if x.State != "applied" {
 				missing = append(missing, x.Host)
-				s.note("%s is %s: %s %v", x.Host, x.State, x.Reason, x.Error)
+				s.note("%s is %s: %s %s", x.Host, x.State, x.Reason, x.Error)
 			}
 		}
 		if len(r.Hosts) != len(s.Hosts) {
@@ -244,8 +244,8 @@ func (s *poolSoaker) ended(t *testing.T, run string) (r runRecord) {
 		if code != 0 || json.Unmarshal([]byte(out), &r) != nil {
 			continue
 		}
-		if slices.Contains([]string{"done", "stopped", "cancelled"}, r.State) {
-			s.note("the run is %s", r.State)
+		if slices.Contains([]string{"done", "stopped", "cancelled"}, r.Run.State) {
+			s.note("the run is %s", r.Run.State)
 			return r
 		}
 	}

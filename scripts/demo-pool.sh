@@ -47,7 +47,7 @@ cleanup() {
 trap cleanup EXIT
 
 # stop ends what was started under a name.
-stop() { kill "${pids[$1]}" && wait "${pids[$1]}"; }
+stop() { [ -z "${pids[$1]:-}" ] || { kill "${pids[$1]}" && wait "${pids[$1]}"; }; }
 
 # await waits until a command succeeds, for 30 s.
 await() {
