@@ -277,7 +277,7 @@ func TestC9_Tokens(t *testing.T) {
 	once := token()
 	hosts[0].Must("pool", "join", first.TLSURL, "--token", once)
 	refused(hosts[1], once)
-	if !strings.Contains(first.Log(), "refused") {
+	if !strings.Contains(first.Log(), "not taken into the pool") {
 		t.Errorf("nothing is logged:\n%s", first.Log())
 	}
 }
@@ -373,10 +373,10 @@ func TestC11_StolenCoordinator(t *testing.T) {
 	everywhere(t, s, known, member)
 }
 
-// copyOf copies the folders of a host that is down, and gives where.
+// copyOf copies the state directory of a host that is down, and gives where.
 func copyOf(t testing.TB, h *lab.Host) string {
 	t.Helper()
 	to := t.TempDir()
-	run(t, "cp", "-a", h.StateDir, h.PatchDir, to)
+	run(t, "cp", "-a", h.StateDir, to)
 	return to
 }
