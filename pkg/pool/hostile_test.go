@@ -1,12 +1,14 @@
 package pool
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/patchd/patchd/pkg/store"
 	"github.com/patchd/patchd/pkg/xapi"
@@ -231,4 +233,49 @@ func TestFactsAreBounded(t *testing.T) {
 		r.wantCode(what, r.HostHello(t.Context(), m.Self, f), xapi.InvalidValue)
 	}
 	r.must(r.HostHello(t.Context(), m.Self, Facts{Hostname: "a", Address: "2001:db8::1", URL: "https://[2001:db8::1]:8443"}))
+}
+
+// The word of one host takes no image from the others: it is looked at.
+func TestDamageIsBelievedOfOnesOwn(t *testing.T) {
+	r := newRig(t)
+	local := r.sr(r.fileSpec("the coordinator's"))
+	golden, _ := r.golden(local, []byte("golden"))
+	m, _, vdi, _ := r.member("key")
+	other, _, _, _ := r.member("other key")
+	ctx := t.Context()
+	r.must(r.DamageSaid(ctx, m.Self, vdi, "its own"))
+	if get[VDI](r, ClassVDI, vdi).Damage != "its own" {
+		t.Error("of its own image it is not believed")
+	}
+	r.must(r.DamageSaid(ctx, m.Self, golden, "a lie"))
+	if got := get[VDI](r, ClassVDI, golden); got.Damage != "" || !got.Checked.Equal(longAgo) {
+		t.Errorf("%+v", got)
+	}
+	scrub, stop := context.WithCancel(ctx)
+	done := make(chan struct{})
+	go func() { defer close(done); r.Scrub(scrub, ScrubOptions{Interval: time.Hour}) }()
+	r.must(r.Store.Until(ctx, func(v *store.View) (bool, error) {
+		got, err := store.Get[VDI](v, ClassVDI, golden)
+		return !got.Checked.Equal(longAgo) && got.Damage == "", err
+	}))
+	stop()
+	<-done
+	theirs := xapi.Ref("")
+	r.must(r.Store.View(func(v *store.View) error {
+		for _, it := range v.List(ClassVDI) {
+			var rec VDI
+			if it.Decode(&rec) == nil && it.Ref != vdi && it.Ref != golden {
+				theirs = it.Ref
+			}
+		}
+		return nil
+	}))
+	for range 2 {
+		r.must(r.DamageSaid(ctx, m.Self, theirs, "a lie"))
+	}
+	jobs, _, err := r.Jobs(other.Self)
+	r.must(err)
+	if len(jobs) != 1 || jobs[0].Job.Call != "VDIVerify" || get[VDI](r, ClassVDI, theirs).Damage != "" {
+		t.Errorf("%+v", jobs)
+	}
 }

@@ -63,18 +63,19 @@ func tokenHash(secret string) string {
 // JoinRequest is what a host says that wants to become a member. Its key is
 // that of the connection.
 type JoinRequest struct {
-	// Token and Secret, or User and Password, which the caller checks.
-	Token    xapi.UUID `json:"token,omitempty"`
-	Secret   string    `json:"secret,omitempty"`
-	User     string    `json:"user,omitempty"`
-	Password string    `json:"password,omitempty"`
+	// Token and Secret, or User and Password, which the caller checks. They are no
+	// part of the body: whoever takes the request checks them before it reads that.
+	Token    xapi.UUID `json:"-"`
+	Secret   string    `json:"-"`
+	User     string    `json:"-"`
+	Password string    `json:"-"`
 
-	Ref       xapi.Ref           `json:"ref"` // of Host, which it keeps
-	Host      Host               `json:"host"`
-	Facts     Facts              `json:"facts"`
-	Inventory Inventory          `json:"inventory"`
-	Patches   map[xapi.Ref]Patch `json:"patches"`
-	Stamps    []Stamp            `json:"stamps"`
+	Ref       xapi.Ref    `json:"ref"` // of Host, which it keeps
+	Host      Host        `json:"host"`
+	Facts     Facts       `json:"facts"`
+	Inventory Inventory   `json:"inventory"`
+	Patches   JoinPatches `json:"patches"`
+	Stamps    Stamps      `json:"stamps"`
 	// Align asks for the patches that other hosts have.
 	Align bool `json:"align,omitempty"`
 }
