@@ -8,7 +8,7 @@ FUZZTIME ?= 60s
 
 NAME ?= last
 
-.PHONY: build demo test test-vm lint bench bench-compare fuzz soak deps clean
+.PHONY: build demo demo-pool test test-vm lint bench bench-compare fuzz soak deps clean
 
 build: ## a static bin/patchd
 	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/patchd ./cmd/patchd
@@ -16,6 +16,11 @@ build: ## a static bin/patchd
 demo: build ## the main job, end to end, on a temporary state directory
 	scripts/deps.sh demo
 	scripts/demo.sh bin/patchd
+
+demo-pool: build ## three hosts on a real etcd cluster, a rolling apply, a killed coordinator
+	go build -trimpath -o bin/etcd ./integration/lab/etcd
+	scripts/deps.sh demo
+	scripts/demo-pool.sh bin/patchd bin/etcd
 
 deps: ## what the demo and the tests need from Debian and npm
 	scripts/deps.sh

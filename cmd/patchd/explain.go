@@ -104,6 +104,9 @@ func explain(ctx context.Context, c *client, err error) error {
 			}
 		}
 	}
+	if e.Code == xapi.SessionAuthenticationFailed && len(params) == 2 && params[0] == "" {
+		text = params[1] // it was a token, and no user
+	}
 	if text == "" {
 		text = "refused"
 	}

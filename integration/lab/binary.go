@@ -57,11 +57,7 @@ func build(t testing.TB, name, pkg string, flags ...string) string {
 }
 
 // Main runs the tests of a package and removes what lab made for all of them.
-// In a process that was started as a member of a Cluster it is that.
 func Main(m *testing.M) {
-	if args := os.Getenv(etcdMember); args != "" {
-		os.Exit(beEtcd(args))
-	}
 	code := m.Run()
 	binaries.Lock()
 	defer binaries.Unlock()

@@ -2,193 +2,201 @@ package lab
 
 import (
 	"fmt"
-	"net"
-	"net/http"
-	"net/url"
-	"os"
 	"os/exec"
-	"os/signal"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
-
-	"go.etcd.io/etcd/server/v3/embed"
 )
 
-// The ports of every member of a Cluster, on addresses of their own.
-const (
-	etcdPort     = 2379
-	etcdPeerPort = 2380
-	// etcdMember is set for a process of the test binary that is a member.
-	etcdMember = "PATCHD_LAB_ETCD"
-)
-
-// Cluster is a real etcd cluster, each member a process of its own.
-type Cluster struct {
-	Members []*Member
-	URL     string // as --store takes it
+// Etcd is a real etcd cluster: each node is a process of its own, with quick
+// elections (a heartbeat every 50 ms, an election after 500 ms).
+type Etcd struct {
+	T     testing.TB
+	Nodes []*EtcdNode
 }
 
-// Member is one process of etcd, and the folder with its data.
-type Member struct {
-	T      testing.TB
-	Name   string
-	IP     string
+// EtcdNode is one node of a cluster.
+type EtcdNode struct {
+	T    testing.TB
+	Name string
+	IP   string
+
+	etcd   *Etcd
 	dir    string
-	all    string // the whole cluster, as etcd takes it
-	node   *Node  // or nil
-	http   *http.Client
+	wrap   []string // of the command, as for a namespace
+	mu     sync.Mutex
 	cmd    *exec.Cmd
 	exited chan struct{}
 	log    *syncBuffer
 }
 
-// StartCluster starts one member on each node, and waits until they have a
-// leader. A node that is nil is a loopback address of this machine. The
-// package's TestMain must be Main.
-func StartCluster(t testing.TB, nodes ...*Node) *Cluster {
-	t.Helper()
-	c := &Cluster{}
-	var all, clients []string
-	for i, n := range nodes {
-		m := &Member{T: t, Name: fmt.Sprintf("etcd%d", i), dir: t.TempDir(), node: n, http: http.DefaultClient, log: &syncBuffer{}}
-		if n != nil {
-			m.IP, m.http = n.IP, n.HTTP()
-		} else {
-			m.IP = freeAddress(t)
-		}
-		c.Members = append(c.Members, m)
-		all = append(all, fmt.Sprintf("%s=http://%s:%d", m.Name, m.IP, etcdPeerPort))
-		clients = append(clients, fmt.Sprintf("%s:%d", m.IP, etcdPort))
-	}
-	c.URL = "etcd://" + strings.Join(clients, ",")
-	for _, m := range c.Members {
-		m.all = strings.Join(all, ",")
-		t.Cleanup(func() {
-			m.Kill()
-			if t.Failed() {
-				t.Logf("%s said:\n%s", m.Name, tail(m.log.String(), 2000))
-			}
-		})
-		m.Launch()
-	}
-	for _, m := range c.Members {
-		m.Ready()
-	}
-	return c
+// The ports of every etcd node; each has an address of its own.
+const (
+	etcdPort     = 2379
+	etcdPeerPort = 2380
+)
+
+// EtcdPlace is where a node runs.
+type EtcdPlace struct {
+	IP string
+	// Wrap is put before the command of the node, as to enter a namespace.
+	Wrap []string
 }
 
-// Launch starts the member and does not wait for it.
-func (m *Member) Launch() {
-	m.T.Helper()
-	self, err := os.Executable()
-	if err != nil {
-		m.T.Fatal(err)
+// StartEtcd starts a cluster of n nodes on loopback addresses of their own, and
+// waits until it answers.
+func StartEtcd(t testing.TB, n int) *Etcd {
+	t.Helper()
+	places := make([]EtcdPlace, n)
+	for i := range places {
+		places[i].IP = freeAddress(t)
 	}
-	m.cmd = exec.Command(self)
-	if m.node != nil {
-		m.cmd = m.node.Command(self)
+	return StartEtcdAt(t, places...)
+}
+
+// StartEtcdOn is StartEtcd in namespaces, one node of the cluster on each.
+func StartEtcdOn(t testing.TB, nodes ...*Node) *Etcd {
+	t.Helper()
+	places := make([]EtcdPlace, len(nodes))
+	for i, n := range nodes {
+		places[i] = EtcdPlace{IP: n.IP, Wrap: n.enter()}
 	}
-	m.cmd.Env = append(os.Environ(), etcdMember+"="+strings.Join([]string{m.Name, m.IP, m.dir, m.all}, " "))
-	m.cmd.Stdout, m.cmd.Stderr = m.log, m.log
-	if err := m.cmd.Start(); err != nil {
-		m.T.Fatal(err)
+	return StartEtcdAt(t, places...)
+}
+
+// StartEtcdAt is StartEtcd at given places.
+func StartEtcdAt(t testing.TB, places ...EtcdPlace) *Etcd {
+	t.Helper()
+	e := &Etcd{T: t}
+	for i, p := range places {
+		e.Nodes = append(e.Nodes, &EtcdNode{
+			T: t, Name: fmt.Sprintf("n%d", i), IP: p.IP, etcd: e, dir: filepath.Join(t.TempDir(), "etcd"), wrap: p.Wrap, log: &syncBuffer{},
+		})
+	}
+	t.Cleanup(e.stop)
+	for _, n := range e.Nodes {
+		n.Start()
+	}
+	for _, n := range e.Nodes {
+		n.Ready(60 * time.Second)
+	}
+	return e
+}
+
+// stop ends all nodes, and shows what they said when the test has failed.
+func (e *Etcd) stop() {
+	for _, n := range e.Nodes {
+		n.Kill()
+		if e.T.Failed() {
+			e.T.Logf("etcd node %s said:\n%s", n.Name, tail(n.log.String(), 3000))
+		}
+	}
+}
+
+// URL is what --store takes. prefix parts pools on one cluster; "" is the default.
+func (e *Etcd) URL(prefix string) string {
+	hosts := make([]string, len(e.Nodes))
+	for i, n := range e.Nodes {
+		hosts[i] = fmt.Sprintf("%s:%d", n.IP, etcdPort)
+	}
+	u := "etcd://" + strings.Join(hosts, ",")
+	if prefix != "" {
+		u += "/" + prefix
+	}
+	return u
+}
+
+func (e *Etcd) peers() string {
+	all := make([]string, len(e.Nodes))
+	for i, n := range e.Nodes {
+		all[i] = fmt.Sprintf("%s=http://%s:%d", n.Name, n.IP, etcdPeerPort)
+	}
+	return strings.Join(all, ",")
+}
+
+// Start starts the node on the data it has, and does not wait for it.
+func (n *EtcdNode) Start() {
+	n.T.Helper()
+	fmt.Fprint(n.log, startMark)
+	args := append(append([]string{}, n.wrap...), etcdBinary(n.T), n.Name, n.dir,
+		fmt.Sprintf("http://%s:%d", n.IP, etcdPort), fmt.Sprintf("http://%s:%d", n.IP, etcdPeerPort), n.etcd.peers())
+	cmd := exec.Command(args[0], args[1:]...)
+	cmd.Stdout, cmd.Stderr = n.log, n.log
+	if err := cmd.Start(); err != nil {
+		n.T.Fatal(err)
 	}
 	exited := make(chan struct{})
-	m.exited = exited
+	n.mu.Lock()
+	n.cmd, n.exited = cmd, exited
+	n.mu.Unlock()
 	go func() {
-		m.cmd.Wait()
+		cmd.Wait()
 		close(exited)
 	}()
 }
 
-// Ready waits until the member serves, which it does once there is a leader.
-func (m *Member) Ready() {
-	m.T.Helper()
-	for end := time.Now().Add(60 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
-		res, err := m.http.Get(fmt.Sprintf("http://%s:%d/health", m.IP, etcdPort))
-		if err == nil {
-			res.Body.Close()
-			if res.StatusCode == 200 {
-				return
-			}
+// Ready waits until the node has said so since its last start.
+func (n *EtcdNode) Ready(limit time.Duration) {
+	n.T.Helper()
+	for end := time.Now().Add(limit); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		said := n.log.String()
+		if i := strings.LastIndex(said, startMark); strings.Contains(said[max(i, 0):], "ready\n") {
+			return
 		}
 		select {
-		case <-m.exited:
-			m.T.Fatalf("%s ended:\n%s", m.Name, tail(m.log.String(), 4000))
+		case <-n.exited:
+			n.T.Fatalf("etcd node %s ended:\n%s", n.Name, tail(said, 3000))
 		default:
 		}
 	}
-	m.T.Fatalf("%s does not serve:\n%s", m.Name, tail(m.log.String(), 4000))
+	n.T.Fatalf("etcd node %s is not ready within %s", n.Name, limit)
 }
 
-// Kill ends the member by SIGKILL and waits for its end. Twice is once.
-func (m *Member) Kill() {
-	if m.cmd != nil {
-		m.cmd.Process.Kill()
-		<-m.exited
+// startMark stands in the log of a node before what each start says.
+const startMark = "-- start --\n"
+
+// Kill ends the node by SIGKILL, also one that is paused. A node that has ended
+// is left alone.
+func (n *EtcdNode) Kill() {
+	n.signal(syscall.SIGKILL)
+	if n.exited != nil {
+		<-n.exited
 	}
 }
 
-// Running tells whether the member's process is there.
-func (m *Member) Running() bool {
+// Running tells whether the node's process is there.
+func (n *EtcdNode) Running() bool {
 	select {
-	case <-m.exited:
+	case <-n.exited:
 		return false
 	default:
 		return true
 	}
 }
 
-// Pause stops the process of the member where it is.
-func (m *Member) Pause() { m.cmd.Process.Signal(syscall.SIGSTOP) }
+// Pause stops the node where it is; Resume lets it go on.
+func (n *EtcdNode) Pause() { n.signal(syscall.SIGSTOP) }
 
-// Resume lets a paused member go on.
-func (m *Member) Resume() { m.cmd.Process.Signal(syscall.SIGCONT) }
+// Resume lets a paused node go on.
+func (n *EtcdNode) Resume() { n.signal(syscall.SIGCONT) }
 
-// Restart starts the member again, killed before or not, and waits until it
-// serves.
-func (m *Member) Restart() {
-	m.T.Helper()
-	m.Kill()
-	m.Launch()
-	m.Ready()
+// Restart starts a killed node and waits until it has joined again.
+func (n *EtcdNode) Restart() {
+	n.T.Helper()
+	n.Start()
+	n.Ready(60 * time.Second)
 }
 
-// beEtcd runs a member of a cluster in this process, until TERM. args is the
-// name, the IP, the folder and the whole cluster.
-func beEtcd(args string) int {
-	f := strings.Fields(args)
-	if len(f) != 4 {
-		fmt.Fprintf(os.Stderr, "%s: %q is not four words\n", etcdMember, args)
-		return 2
+func (n *EtcdNode) signal(sig syscall.Signal) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.cmd != nil && n.cmd.Process != nil {
+		n.cmd.Process.Signal(sig)
 	}
-	at := func(port int) []url.URL {
-		return []url.URL{{Scheme: "http", Host: net.JoinHostPort(f[1], fmt.Sprint(port))}}
-	}
-	c := embed.NewConfig()
-	c.Name, c.Dir, c.InitialCluster = f[0], filepath.Join(f[2], "etcd"), f[3]
-	c.ListenClientUrls, c.AdvertiseClientUrls = at(etcdPort), at(etcdPort)
-	c.ListenPeerUrls, c.AdvertisePeerUrls = at(etcdPeerPort), at(etcdPeerPort)
-	c.TickMs, c.ElectionMs = 50, 500
-	c.LogLevel = "error"
-	c.LogOutputs = []string{"stderr"}
-	e, err := embed.StartEtcd(c)
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
-	defer e.Close()
-	term := make(chan os.Signal, 1)
-	signal.Notify(term, syscall.SIGTERM)
-	select {
-	case <-term:
-		return 0
-	case <-e.Server.StopNotify():
-	case err = <-e.Err():
-	}
-	fmt.Fprintln(os.Stderr, "etcd has ended:", err)
-	return 1
 }
+
+// Log is what the node has said so far, over all its starts.
+func (n *EtcdNode) Log() string { return n.log.String() }

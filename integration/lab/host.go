@@ -31,6 +31,7 @@ type Options struct {
 	Flags   []string // further flags of serve
 	Env     []string // further variables of the daemon, and of its runners
 	Node    *Node    // where it listens and calls out; nil: this machine, on a loopback address of its own
+	Address string   // where it listens; empty: one that is free, or that of Node
 	Store   string   // URL of the pool database; empty: the embedded one
 	NoKey   bool     // the lab's key is not trusted
 	NoCheck bool     // do not look for what is left at the end
@@ -122,7 +123,9 @@ func (h *Host) place(t testing.TB) {
 		h.IP, h.HTTP = h.Node.IP, h.Node.HTTP()
 		return
 	}
-	h.IP, h.HTTP = freeAddress(t), http.DefaultClient
+	if h.IP, h.HTTP = h.o.Address, http.DefaultClient; h.IP == "" {
+		h.IP = freeAddress(t)
+	}
 }
 
 // Dial connects to an address from where the host is.

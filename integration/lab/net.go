@@ -256,7 +256,13 @@ func (n *Node) Command(name string, args ...string) *exec.Cmd {
 
 // CommandContext is Command that ends with ctx.
 func (n *Node) CommandContext(ctx context.Context, name string, args ...string) *exec.Cmd {
-	return exec.CommandContext(ctx, "nsenter", append([]string{"--net=" + filepath.Join(netnsDir, n.Name), "--", name}, args...)...)
+	args = append(append(n.enter(), name), args...)
+	return exec.CommandContext(ctx, args[0], args[1:]...)
+}
+
+// enter is what is put before a command that is to run in the namespace.
+func (n *Node) enter() []string {
+	return []string{"nsenter", "--net=" + filepath.Join(netnsDir, n.Name), "--"}
 }
 
 // Do calls f on a thread that is in the namespace: the sockets that f itself

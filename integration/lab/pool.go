@@ -18,7 +18,7 @@ import (
 // itself; Join makes one of them.
 type Pool struct {
 	T     testing.TB
-	Net   *Net
+	Net   *Net    // nil: loopback addresses of this machine
 	Hosts []*Host // the first is the coordinator, unless the test says otherwise
 	Works []*Work // that CheckTruth looks at
 
@@ -50,6 +50,19 @@ func PoolOn(t testing.TB, w *Net, n int, each func(i int) Options) *Pool {
 	return p
 }
 
+// PoolHere is NewPool on loopback addresses of this machine: the test itself can
+// reach the hosts, and be one.
+func PoolHere(t testing.TB, n int, each func(i int) Options) *Pool {
+	t.Helper()
+	all := make([]Options, n)
+	for i := range all {
+		if each != nil {
+			all[i] = each(i)
+		}
+	}
+	return &Pool{T: t, Hosts: StartAll(t, all...), out: map[*Host]bool{}}
+}
+
 // JoinAll joins every other host to the first.
 func (p *Pool) JoinAll() {
 	p.T.Helper()
@@ -58,15 +71,13 @@ func (p *Pool) JoinAll() {
 	}
 }
 
-// Join joins a host to the coordinator's pool by a token, and waits until the
-// coordinator lists it.
+// Join joins a host to the coordinator's pool by a token, and waits until it
+// is connected.
 func (p *Pool) Join(coordinator, member *Host) {
 	p.T.Helper()
 	token := strings.TrimSpace(coordinator.Must("pool", "token"))
 	member.Must("pool", "join", coordinator.TLSURL, "--token", token)
-	p.until("host "+member.UUID()+" to be listed", func() bool {
-		return slices.Contains(coordinator.listed(), member.UUID())
-	})
+	p.until("host "+member.UUID()+" to be connected", func() bool { return coordinator.listed()[member.UUID()] })
 	p.out[member] = false
 }
 
@@ -75,22 +86,29 @@ func (p *Pool) Eject(coordinator, member *Host) {
 	p.T.Helper()
 	coordinator.Must("pool", "eject", member.UUID())
 	p.until("host "+member.UUID()+" to be gone", func() bool {
-		return !slices.Contains(coordinator.listed(), member.UUID())
+		all := coordinator.listed()
+		_, there := all[member.UUID()]
+		return all != nil && !there
 	})
 	p.out[member] = true
 }
 
-// listed are the uuids of the hosts of the pool, as `host list` shows them.
-func (h *Host) listed() (uuids []string) {
+// listed are the hosts of the pool by uuid, as `host list` shows them, and
+// whether each is connected.
+func (h *Host) listed() map[string]bool {
 	out, _, code := h.CLI("host", "list", "--output", "json")
-	var recs []struct{ UUID string }
+	var recs []struct {
+		UUID      string
+		Connected bool
+	}
 	if code != 0 || json.Unmarshal([]byte(out), &recs) != nil {
 		return nil
 	}
+	all := map[string]bool{}
 	for _, r := range recs {
-		uuids = append(uuids, r.UUID)
+		all[r.UUID] = r.Connected
 	}
-	return uuids
+	return all
 }
 
 // Must runs the command line, fails the test when that fails, and gives what
