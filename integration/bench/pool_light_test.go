@@ -53,7 +53,7 @@ func newHerd(b *bench, n int) *herd {
 	b.Helper()
 	etcd := lab.StartEtcd(b, 1)
 	r := &herd{bench: b, h: lab.Start(b, lab.Options{Store: etcd.URL(""), Flags: []string{"--copies", "1", "--log-level", "warning"}}), patch: &lab.Patch{}}
-	r.s = r.h.Root()
+	r.s = (&lab.Pool{T: b, Hosts: []*lab.Host{r.h}}).Leader()
 	r.ref = r.s.MustUpload(r.patch)
 	st, err := store.Open(b.Context(), store.Options{URL: etcd.URL("")})
 	if err != nil {
