@@ -7,11 +7,13 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/patchd/patchd/integration/lab"
 	"github.com/patchd/patchd/pkg/vdi"
+	"github.com/patchd/patchd/pkg/xapi"
 )
 
 // hostAt is the ref of a host by its address.
@@ -117,6 +119,67 @@ func TestC4_AnUploadSurvivesItsLeader(t *testing.T) {
 	if n := w.Effects(leader); n != 1 {
 		t.Errorf("%d effects on the host that came back", n)
 	}
+}
+
+// tasksSay tells whether the output of a task holds a text.
+func tasksSay(s *lab.Session, text string) bool {
+	s.H.T.Helper()
+	for _, rec := range s.All("task") {
+		if out, _ := rec["other_config"].(map[string]any)["patchd-output"].(string); strings.Contains(out, text) {
+			return true
+		}
+	}
+	return false
+}
+
+// How many hosts have to have an upload depends on who is there: alone one is
+// enough, and the task says so; an SR that two have plugged is two; and while one
+// that should come does not, the upload is undone.
+func TestC4_CopiesOfAnUpload(t *testing.T) {
+	etcd := lab.StartEtcd(t, 1)
+	o := lab.Options{Flags: []string{"--store", etcd.URL(""), "--copies-timeout", "3s"}}
+	c := &coordinators{t: t, etcd: etcd, hosts: []*lab.Host{lab.Start(t, o)}}
+	leader, s, _ := c.leader()
+	s.MustUpload(&lab.Patch{})
+	if !tasksSay(s, "the image is on 1 of 2 hosts: no other host is there") {
+		t.Errorf("no task says that there is one copy only: %v", s.All("task"))
+	}
+
+	other := lab.Start(t, o)
+	c.hosts = append(c.hosts, other)
+	standsBy(t, other, leader)
+	copies := func(patch string) int {
+		t.Helper()
+		return len(imagesOf(s, s.Call("VDI.get_uuid", vdiOf(s, patch)).(string)))
+	}
+	if n := copies(s.MustUpload(&lab.Patch{})); n != 2 {
+		t.Errorf("%d images of an upload with two hosts", n)
+	}
+	local, pool := srOn(s, leader), lab.Pool{T: t, Hosts: c.hosts}
+	shared := pool.Share(s, "shared", t.TempDir(), leader, other)
+	s.Call("pool.set_default_SR", onlyPool(s), shared)
+	if n := copies(s.MustUpload(&lab.Patch{})); n != 1 {
+		t.Errorf("%d images of an upload to an SR that both hosts have plugged", n)
+	}
+
+	s.Call("pool.set_default_SR", onlyPool(s), local)
+	other.Kill()
+	before := len(s.All("VDI"))
+	hasCode(t, uploadErr(s, (&lab.Patch{}).Signed(t)), xapi.OperationNotAllowed)
+	if n := len(s.All("VDI")); n != before || len(s.All("pool_patch")) != 3 {
+		t.Errorf("%d VDIs, %d before; %d patches", n, before, len(s.All("pool_patch")))
+	}
+	other.Up()
+	standsBy(t, other, leader)
+	if n := copies(s.MustUpload(&lab.Patch{})); n != 2 {
+		t.Errorf("%d images of an upload after the host came back", n)
+	}
+}
+
+func onlyPool(s *lab.Session) string {
+	s.H.T.Helper()
+	ref, _ := s.One("pool")
+	return ref
 }
 
 // reads checks that the image of a patch can be exported, is what its block map
