@@ -176,6 +176,51 @@ func TestC4_CopiesOfAnUpload(t *testing.T) {
 	}
 }
 
+// A leader that dies before its upload is confirmed leaves no half: the next one
+// undoes it when nobody has the image, and the host that has it destroys it when it
+// is back. The same patch can be uploaded meanwhile.
+func TestC4_AnUploadThatWasNotConfirmedIsUndone(t *testing.T) {
+	etcd := lab.StartEtcd(t, 1)
+	o := lab.Options{Flags: []string{"--store", etcd.URL("")}}
+	c := &coordinators{t: t, etcd: etcd, hosts: lab.StartAll(t, o, o)}
+	leader, s, _ := c.leader()
+	other := c.others(leader)[0]
+	standsBy(t, other, leader)
+	p := &lab.Patch{Pad: 3 << 20}
+	signed := p.Signed(t)
+
+	other.Pause() // it does not take its copy
+	ended := make(chan error, 1)
+	go func() {
+		_, err := s.Put("/pool_patch_upload", nil, bytes.NewReader(signed), int64(len(signed)))
+		ended <- err
+	}()
+	until(t, "the leader to have the image", func() bool { return len(s.All("pool_patch")) == 1 })
+	leader.Kill()
+	if err := <-ended; err == nil {
+		t.Error("the upload was answered")
+	}
+	other.Resume()
+	c.hosts = []*lab.Host{other}
+	c.leader()
+	s = &lab.Session{H: other, Ref: s.Ref}
+	until(t, "the upload to be undone", func() bool { return len(s.All("pool_patch"))+len(s.All("VDI")) == 0 })
+	if len(staged(leader)) != 2 {
+		t.Errorf("the host that is away has %v", staged(leader))
+	}
+
+	leader.Launch()
+	if err := leader.Ready(30 * time.Second); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "the image on the host that is back to go", func() bool { return len(staged(leader)) == 0 })
+	standsBy(t, leader, other)
+	if a := s.Upload(signed); a.Status != http.StatusCreated {
+		t.Fatalf("uploaded again: %d %s", a.Status, a.Body)
+	}
+	until(t, "both hosts to have it", func() bool { return len(staged(leader)) == 2 && len(staged(other)) == 2 })
+}
+
 func onlyPool(s *lab.Session) string {
 	s.H.T.Helper()
 	ref, _ := s.One("pool")
