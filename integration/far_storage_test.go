@@ -4,10 +4,12 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/patchd/patchd/integration/lab"
 	"github.com/patchd/patchd/pkg/xapi"
@@ -26,7 +28,12 @@ type far struct {
 
 func newFar(t *testing.T) *far {
 	t.Helper()
-	f := &far{Pool: lab.NewPool(t, 2, nil), dir: t.TempDir()}
+	return farOf(t, nil)
+}
+
+func farOf(t *testing.T, each func(i int) lab.Options) *far {
+	t.Helper()
+	f := &far{Pool: lab.NewPool(t, 2, each), dir: t.TempDir()}
 	f.JoinAll()
 	f.here, f.away = f.Hosts[0], f.Hosts[1]
 	f.s = f.here.Root()
@@ -294,4 +301,122 @@ func TestS1_28_AMemberDiesInACall(t *testing.T) {
 	f.away.Up()
 	f.connected(true)
 	f.Finish()
+}
+
+// A8: a member that dies at any step of a call leaves nothing half-made, on either
+// side: what failed is as it was, and can be asked for again.
+func TestA8_AMemberDiesAtAnyStepOfACall(t *testing.T) {
+	plan := filepath.Join(t.TempDir(), "plan")
+	f := farOf(t, func(i int) lab.Options {
+		if i == 0 {
+			return lab.Options{}
+		}
+		return lab.Options{Binary: lab.FaultBinary(t), Env: []string{"PATCHD_FAULT_PLAN=" + plan}}
+	})
+	s := f.s
+	n, r := soak(t, 6)
+	golden := vdiOf(s, s.MustUpload(&lab.Patch{Pad: 5 << 20}))
+	there := s.Call("VDI.copy", golden, f.sr).(string)
+	second := t.TempDir()
+	calls := []func() string{
+		func() string { return s.Call("Async.VDI.copy", golden, f.sr).(string) },
+		func() string { return s.Call("Async.VDI.clone", there).(string) },
+		func() string {
+			return s.Call("Async.SR.create", f.host, map[string]string{"location": second}, "0", "second", "", "file", "user", false, map[string]string{}).(string)
+		},
+		func() string { return s.Call("Async.VDI.copy", there, f.local).(string) },
+		func() string { return s.Call("Async.VDI.pool_migrate", there, f.local, map[string]string{}).(string) },
+		func() string { return s.Call("Async.VDI.destroy", there).(string) },
+	}
+	for i := range n {
+		call, at := i%len(calls), 1+r.Intn(32)
+		where := fmt.Sprintf("round %d: call %d dies at step %d", i, call, at)
+		if err := os.WriteFile(plan, fmt.Appendf(nil, "die@%d", at), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		before := len(s.All("VDI")) + len(s.All("SR"))
+		task := calls[call]()
+		until(t, where+": the call ends or the member dies", func() bool {
+			return !f.away.Running() || s.Call("task.get_status", task) != "pending"
+		})
+		died := !f.away.Running()
+		os.Remove(plan)
+		if died {
+			f.away.Up()
+		}
+		f.connected(true)
+		rec := s.Wait(task)
+		t.Logf("%s: died %v, ended as %v %v", where, died, rec["status"], rec["error_info"])
+		if !died && rec["status"] != "success" {
+			t.Errorf("%s: %v", where, rec["error_info"])
+		}
+		f.whole(where)
+		now := len(s.All("VDI")) + len(s.All("SR"))
+		if info := fmt.Sprint(rec["error_info"]); rec["status"] != "success" && now != before && (now != before+1 || !strings.Contains(info, "look before")) {
+			t.Errorf("%s: it is said to have failed as %s, and there are %d objects, %d before", where, info, now, before)
+		}
+		f.tidy(&there, golden, second)
+	}
+	f.agree()
+	f.away.Up()
+	f.connected(true)
+	f.Finish()
+}
+
+// whole waits until the images in the member's SR are those of the records.
+func (f *far) whole(where string) {
+	f.T.Helper()
+	var images []string
+	records := map[string]bool{}
+	ok := func() bool {
+		clear(records)
+		for ref, rec := range f.s.All("VDI") {
+			if rec["SR"] == f.sr {
+				records[rec["uuid"].(string)+".img"] = true
+				if f.s.Call("patchd.vdi_verify", ref) != "" {
+					return false
+				}
+			}
+		}
+		images, _ = filepath.Glob(f.dir + "/*.img")
+		parts, _ := filepath.Glob(f.dir + "/*.*.*")
+		for _, name := range images {
+			if !records[filepath.Base(name)] {
+				return false
+			}
+		}
+		return len(images) == len(records) && len(parts) == 0
+	}
+	for end := time.Now().Add(20 * time.Second); !ok(); time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(end) {
+			all, _ := filepath.Glob(f.dir + "/*")
+			f.T.Fatalf("%s: the folder holds %v, the records are %v", where, all, slices.Sorted(maps.Keys(records)))
+		}
+	}
+}
+
+// tidy destroys what a round has made, and makes again what it has destroyed.
+func (f *far) tidy(there *string, golden, second string) {
+	f.T.Helper()
+	kept := false
+	for ref, rec := range f.s.All("VDI") {
+		switch {
+		case ref == golden:
+		case rec["SR"] == f.sr && !kept:
+			*there, kept = ref, true
+		default:
+			f.s.Call("VDI.destroy", ref)
+		}
+	}
+	if !kept {
+		*there = f.s.Call("VDI.copy", golden, f.sr).(string)
+	}
+	for ref, rec := range f.s.All("SR") {
+		if rec["name_label"] == "second" {
+			f.s.Call("SR.destroy", ref)
+		}
+	}
+	if left, _ := filepath.Glob(second + "/*"); len(left) > 0 {
+		f.T.Errorf("left of an SR: %v", left)
+	}
 }
