@@ -178,9 +178,27 @@ func TestC4_CopiesOfAnUpload(t *testing.T) {
 	}
 	other.Up()
 	standsBy(t, other, leader)
-	if n := copies(s.MustUpload(&lab.Patch{})); n != 2 {
+	last := s.MustUpload(&lab.Patch{})
+	if n := copies(last); n != 2 {
 		t.Errorf("%d images of an upload after the host came back", n)
 	}
+
+	// It is destroyed while the host with the golden image is away.
+	golden := image(s, vdiOf(s, last))
+	vdis := len(s.All("VDI"))
+	leader.Kill()
+	c.hosts = []*lab.Host{other}
+	c.leader()
+	s = &lab.Session{H: other, Ref: s.Ref}
+	s.Call("pool_patch.destroy", last)
+	if !exists(golden) {
+		t.Error("the golden image is not on the host that is away")
+	}
+	leader.Launch()
+	if err := leader.Ready(30 * time.Second); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "the image on the host that is back to go", func() bool { return !exists(golden) && len(s.All("VDI")) == vdis-2 })
 }
 
 // A leader that dies before its upload is confirmed leaves no half: the next one
