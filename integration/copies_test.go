@@ -73,6 +73,7 @@ func get(s *lab.Session, path string, query url.Values) (int, []byte) {
 // An upload is acknowledged when a second host has it: the death of the leader
 // right after that takes nothing.
 func TestC4_AnUploadSurvivesItsLeader(t *testing.T) {
+	t.Parallel()
 	c := startCoordinators(t, 3, lab.Options{})
 	leader, s, _ := c.leader()
 	for _, h := range c.others(leader) {
@@ -104,6 +105,11 @@ func TestC4_AnUploadSurvivesItsLeader(t *testing.T) {
 		}
 	}
 	reads(t, s, golden["uuid"].(string), payload)
+	if status, body := get(s, "/pool_patch_chunks", url.Values{"uuid": {string(w.UUID)}}); status != http.StatusOK || len(body) == 0 {
+		t.Errorf("chunks: %d %.300s", status, body)
+	}
+	twin := s.Call("VDI.copy", rec["VDI"], srOn(s, next)).(string)
+	reads(t, s, s.Call("VDI.get_uuid", twin).(string), payload)
 
 	leader.Launch()
 	if err := leader.Ready(30 * time.Second); err != nil {
@@ -136,8 +142,9 @@ func tasksSay(s *lab.Session, text string) bool {
 // enough, and the task says so; an SR that two have plugged is two; and while one
 // that should come does not, the upload is undone.
 func TestC4_CopiesOfAnUpload(t *testing.T) {
+	t.Parallel()
 	etcd := lab.StartEtcd(t, 1)
-	o := lab.Options{Flags: []string{"--store", etcd.URL(""), "--copies-timeout", "3s"}}
+	o := lab.Options{Flags: []string{"--store", etcd.URL(""), "--copies-timeout", "6s"}}
 	c := &coordinators{t: t, etcd: etcd, hosts: []*lab.Host{lab.Start(t, o)}}
 	leader, s, _ := c.leader()
 	s.MustUpload(&lab.Patch{})
@@ -171,15 +178,34 @@ func TestC4_CopiesOfAnUpload(t *testing.T) {
 	}
 	other.Up()
 	standsBy(t, other, leader)
-	if n := copies(s.MustUpload(&lab.Patch{})); n != 2 {
+	last := s.MustUpload(&lab.Patch{})
+	if n := copies(last); n != 2 {
 		t.Errorf("%d images of an upload after the host came back", n)
 	}
+
+	// It is destroyed while the host with the golden image is away.
+	golden := image(s, vdiOf(s, last))
+	vdis := len(s.All("VDI"))
+	leader.Kill()
+	c.hosts = []*lab.Host{other}
+	c.leader()
+	s = &lab.Session{H: other, Ref: s.Ref}
+	s.Call("pool_patch.destroy", last)
+	if !exists(golden) {
+		t.Error("the golden image is not on the host that is away")
+	}
+	leader.Launch()
+	if err := leader.Ready(30 * time.Second); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "the image on the host that is back to go", func() bool { return !exists(golden) && len(s.All("VDI")) == vdis-2 })
 }
 
 // A leader that dies before its upload is confirmed leaves no half: the next one
 // undoes it when nobody has the image, and the host that has it destroys it when it
 // is back. The same patch can be uploaded meanwhile.
 func TestC4_AnUploadThatWasNotConfirmedIsUndone(t *testing.T) {
+	t.Parallel()
 	etcd := lab.StartEtcd(t, 1)
 	o := lab.Options{Flags: []string{"--store", etcd.URL("")}}
 	c := &coordinators{t: t, etcd: etcd, hosts: lab.StartAll(t, o, o)}

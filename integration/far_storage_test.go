@@ -164,6 +164,7 @@ func (f *far) isFar(class string, rec lab.Record) bool {
 // S1-28: storage of a member is worked on through the coordinator as if it were
 // its own, and the records are the same on both sides.
 func TestS1_28_StorageOfAnotherHost(t *testing.T) {
+	t.Parallel()
 	f := newFar(t)
 	s := f.s
 	s.Call("SR.scan", f.sr)
@@ -264,6 +265,7 @@ func TestS1_28_StorageOfAnotherHost(t *testing.T) {
 // A member that dies while it is asked for something leaves nothing half-made:
 // what it had not begun it does when it is back, what it had begun is undone.
 func TestS1_28_AMemberDiesInACall(t *testing.T) {
+	t.Parallel()
 	f := newFar(t)
 	s := f.s
 	golden := vdiOf(s, s.MustUpload(&lab.Patch{Pad: 20 << 20}))
@@ -306,6 +308,7 @@ func TestS1_28_AMemberDiesInACall(t *testing.T) {
 // A8: a member that dies at any step of a call leaves nothing half-made, on either
 // side: what failed is as it was, and can be asked for again.
 func TestA8_AMemberDiesAtAnyStepOfACall(t *testing.T) {
+	t.Parallel()
 	plan := filepath.Join(t.TempDir(), "plan")
 	f := farOf(t, func(i int) lab.Options {
 		if i == 0 {

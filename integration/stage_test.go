@@ -15,9 +15,10 @@ func staged(h *lab.Host) []string {
 	return files
 }
 
-// W-stage: a patch is moved ahead of time, and what was moved goes with it, also
+// S1-29: a patch is moved ahead of time, and what was moved goes with it, also
 // from a host that was away when the patch was cleaned or destroyed.
 func TestS1_29_StagedAndCleanedOnManyHosts(t *testing.T) {
+	t.Parallel()
 	p := lab.NewPool(t, 3, nil)
 	p.JoinAll()
 	c, near, away := p.Hosts[0], p.Hosts[1], p.Hosts[2]

@@ -57,7 +57,7 @@ var troubles = []trouble{
 	{xapi.SRHasPBD, "the storage repository %1 is still linked to a host", "unplug it first (`patchd sr unplug`)"},
 	{xapi.SRHasNoPBDs, "no host is linked to the storage repository %1", "`patchd sr introduce` links one"},
 	{xapi.PBDExists, "the storage repository %1 is linked to the host %2 already", "`patchd sr plug` plugs it"},
-	{xapi.SRNotAttached, "the storage repository %1 is not plugged on this host", "`patchd doctor` tells why"},
+	{xapi.SRNotAttached, "the storage repository %1 is not plugged on this host. %2", "`patchd doctor` tells why; `patchd patch stage` brings the image of a patch to a host"},
 	{xapi.SRDeviceInUse, "the place is taken: %1", "`patchd sr introduce` takes up an SR that is there"},
 	{xapi.SRUnknownDriver, "there is no storage of type %1", "`patchd sr create --help` shows the types"},
 	{xapi.SROperationNotSupported, "storage of this kind cannot do that (%1)", "copy instead of clone"},

@@ -87,3 +87,27 @@ func TestAnImageThatIsNotHereNamesItsHosts(t *testing.T) {
 	r.Connected = func(xapi.Ref) bool { return false }
 	says("which is away")
 }
+
+func TestAPatchWhoseImageIsOnAHostThatIsAwayCanGo(t *testing.T) {
+	for name, call := range map[string]func(*rig, xapi.Ref) error{
+		"pool_clean": func(r *rig, patch xapi.Ref) error { return r.PatchPoolClean(t.Context(), patch) },
+		"destroy":    func(r *rig, patch xapi.Ref) error { return r.PatchDestroy(t.Context(), patch) },
+	} {
+		r := newRig(t)
+		host, golden, equal := r.onOther(r.sr(r.memorySpec("m")), []byte("golden"))
+		var patch xapi.Ref
+		r.must(r.Store.View(func(v *store.View) error { patch = v.Refs(ClassPatch, "VDI", string(golden))[0]; return nil }))
+		r.Connected = func(h xapi.Ref) bool { return h != host }
+		r.wantCode("VDI.destroy", r.VDIDestroy(t.Context(), golden), xapi.HostOffline, string(host))
+		r.must(call(r, patch))
+		if j := r.leftCall(host, "VDIDestroy"); string(j.Job.Args) != `"`+string(golden)+`"` {
+			t.Errorf("%s: the host that is away is told %s", name, j.Job.Args)
+		}
+		if _, err := r.vdi(equal); !xapi.Is(err, xapi.HandleInvalid) {
+			t.Errorf("%s: the replica is left", name)
+		}
+		if rec, err := r.patch(patch); name == "destroy" && err == nil || name == "pool_clean" && !rec.VDI.IsNull() {
+			t.Errorf("%s: the patch is %+v", name, rec)
+		}
+	}
+}

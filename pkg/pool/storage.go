@@ -306,7 +306,7 @@ func (p *Pool) whereElse(rec VDI) error {
 	case more > 0:
 		names = append(names[:maxNamed], fmt.Sprintf("%d more", more))
 	}
-	return xapi.NewError(xapi.SRNotAttached, string(rec.SR), "the image is not on the coordinator but on "+strings.Join(names, ", "))
+	return xapi.NewError(xapi.SRNotAttached, string(rec.SR), "the image is not here but on "+strings.Join(names, ", "))
 }
 
 // maxNamed bounds the hosts that an error names.
