@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/sirupsen/logrus"
+
 	"github.com/patchd/patchd/pkg/pool"
 	"github.com/patchd/patchd/pkg/trust"
 	"github.com/patchd/patchd/pkg/xapi"
@@ -405,5 +407,29 @@ func TestAPromiseIsInAnSROfTheHost(t *testing.T) {
 	}
 	if _, err := c.JobPromise(t.Context(), job, pool.Promise{SR: own, Room: -1 << 60, Free: 2, Work: xapi.NewUUID()}); !xapi.Is(err, xapi.InvalidValue) {
 		t.Errorf("less than none: %v", err)
+	}
+}
+
+// Strangers that come again and again fill no log.
+func TestAFloodOfStrangersFillsNoLog(t *testing.T) {
+	r := newRig(t)
+	c := NewHTTP(identity(t), r.url, trust.OneOf(r.id.SPKI()))
+	defer c.CloseIdleConnections()
+	for range 150 {
+		resp, err := c.Get(r.url + "/pool_patch_download?uuid=x")
+		r.must(err)
+		resp.Body.Close()
+		if resp.StatusCode != http.StatusForbidden {
+			t.Fatal(resp.Status)
+		}
+	}
+	lines := 0
+	for _, e := range r.said.AllEntries() {
+		if e.Level == logrus.WarnLevel && e.Message == "a stranger was refused" {
+			lines++
+		}
+	}
+	if lines < 100 || lines > 130 {
+		t.Errorf("%d lines", lines)
 	}
 }
