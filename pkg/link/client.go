@@ -59,6 +59,8 @@ type Client struct {
 	o     ClientOptions
 	times times
 	proto int
+	// process tells the coordinator this process from another one with the same key.
+	process string
 
 	mu     sync.Mutex
 	term   Term
@@ -98,7 +100,7 @@ func NewClient(o ClientOptions) (*Client, error) {
 		o.Now = time.Now
 	}
 	c := &Client{
-		o: o, times: defaultTimes, proto: Proto,
+		o: o, times: defaultTimes, proto: Proto, process: string(xapi.NewUUID()),
 		slow: map[string]bool{}, up: make(chan struct{}), newer: make(chan struct{}), ended: make(chan struct{}),
 	}
 	c.transports.id = o.Identity

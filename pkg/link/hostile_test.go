@@ -12,7 +12,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/sirupsen/logrus"
+
 	"github.com/patchd/patchd/pkg/pool"
+	"github.com/patchd/patchd/pkg/store"
 	"github.com/patchd/patchd/pkg/trust"
 	"github.com/patchd/patchd/pkg/xapi"
 )
@@ -405,5 +408,67 @@ func TestAPromiseIsInAnSROfTheHost(t *testing.T) {
 	}
 	if _, err := c.JobPromise(t.Context(), job, pool.Promise{SR: own, Room: -1 << 60, Free: 2, Work: xapi.NewUUID()}); !xapi.Is(err, xapi.InvalidValue) {
 		t.Errorf("less than none: %v", err)
+	}
+}
+
+// Strangers that come again and again fill no log.
+func TestAFloodOfStrangersFillsNoLog(t *testing.T) {
+	r := newRig(t)
+	c := NewHTTP(identity(t), r.url, trust.OneOf(r.id.SPKI()))
+	defer c.CloseIdleConnections()
+	for range 150 {
+		resp, err := c.Get(r.url + "/pool_patch_download?uuid=x")
+		r.must(err)
+		resp.Body.Close()
+		if resp.StatusCode != http.StatusForbidden {
+			t.Fatal(resp.Status)
+		}
+	}
+	lines := 0
+	for _, e := range r.said.AllEntries() {
+		if e.Level == logrus.WarnLevel && e.Message == "a stranger was refused" {
+			lines++
+		}
+	}
+	if lines < 100 || lines > 130 {
+		t.Errorf("%d lines", lines)
+	}
+}
+
+// A state directory that was copied makes two of one host: the admin is told, once.
+func TestAHostThatIsThereTwiceIsReported(t *testing.T) {
+	r := newRig(t)
+	h, once := r.host(), r.host()
+	r.client(h)
+	for range 2 { // one that was started again is no second one
+		_, end := r.clientTo(once, r.url)
+		r.until("it is connected", func() bool { return r.hub.Connected(once.ref) })
+		end()
+	}
+	r.client(h)
+	told := func() (n int) {
+		r.must(r.store.View(func(v *store.View) error {
+			for _, it := range v.List(pool.ClassMessage) {
+				var m pool.Message
+				if err := it.Decode(&m); err != nil {
+					return err
+				}
+				if m.Name == MessageHostTwice && m.ObjUUID == h.uuid {
+					n++
+				} else {
+					t.Errorf("%+v", m)
+				}
+			}
+			return nil
+		}))
+		return n
+	}
+	r.until("it is said", func() bool { return told() == 1 })
+	for range 3 {
+		r.said.Reset()
+		r.until("they go on", func() bool { return r.logged("has ended", "has taken its place") })
+	}
+	if n := told(); n != 1 {
+		t.Errorf("it was said %d times", n)
 	}
 }

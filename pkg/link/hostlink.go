@@ -26,6 +26,7 @@ type hostLink struct {
 	wire    *wire
 	since   time.Time
 	known   func() // says that the connection belongs to somebody
+	process string // as its hello says
 	standby bool   // it has the pool database; set before it is in the index
 	ctx     context.Context
 	stop    context.CancelFunc
@@ -107,6 +108,7 @@ func (l *hostLink) greet() (entered bool, err error) {
 	if err := l.hub.o.Pool.HostHello(l.ctx, l.caller.host, p.Facts); err != nil {
 		return false, fmt.Errorf("note the facts of the host: %w", err)
 	}
+	l.process = p.Process
 	return l.enter(m.ID)
 }
 
@@ -139,6 +141,10 @@ func (l *hostLink) enter(id uint64) (bool, error) {
 	}
 	old := m.link
 	m.link, m.since = l, h.o.Now()
+	if m.meets(l.process) && m.since.Sub(m.warned) > warnAgain {
+		m.warned = m.since
+		l.wg.Go(l.isTwice)
+	}
 	h.checkKey(m)
 	if m.away {
 		h.back(m.ref)
@@ -151,6 +157,17 @@ func (l *hostLink) enter(id uint64) (bool, error) {
 		old.cut("another link of this host has taken its place")
 	}
 	return true, nil
+}
+
+// isTwice tells the admin that two processes are the same host.
+func (l *hostLink) isTwice() {
+	log := l.hub.o.Log.WithFields(l.caller.fields())
+	log.Error("two machines or processes show the key of one host and take turns")
+	body := fmt.Sprintf("two machines or processes show the key of host %s and put each other out: its state directory was copied, or its machine was cloned. "+
+		"Stop the copy, remove its state directory and join it anew", l.caller.uuid)
+	if _, err := l.hub.o.Pool.MessageCreate(l.hub.ctx, MessageHostTwice, 2, "Host", l.caller.uuid, body); err != nil {
+		log.WithError(err).Error("no message could be left")
+	}
 }
 
 // leave takes the link out of the index.

@@ -61,13 +61,14 @@ type Options struct {
 // Hub is the coordinator's side of all links. Its methods may be called from
 // any goroutine.
 type Hub struct {
-	o     Options
-	times times
-	proto int
-	big   chan struct{}
-	wg    sync.WaitGroup
-	ctx   context.Context // of requests; ends with Run
-	stop  context.CancelFunc
+	o         Options
+	times     times
+	proto     int
+	big       chan struct{}
+	strangers *rate.Limiter // of lines about those who were refused
+	wg        sync.WaitGroup
+	ctx       context.Context // of requests; ends with Run
+	stop      context.CancelFunc
 
 	mu     sync.Mutex
 	closed bool
@@ -89,7 +90,7 @@ func NewHub(o Options) *Hub {
 	if o.Now == nil {
 		o.Now = time.Now
 	}
-	h := &Hub{o: o, times: defaultTimes, proto: Proto, big: make(chan struct{}, bigLines), index: newIndex()}
+	h := &Hub{o: o, times: defaultTimes, proto: Proto, big: make(chan struct{}, bigLines), index: newIndex(), strangers: rate.NewLimiter(1, 100)}
 	h.leavers.wake = make(chan struct{}, 1)
 	h.ctx, h.stop = context.WithCancel(context.Background())
 	return h
@@ -219,12 +220,30 @@ func (h *Hub) Authenticated(next func(w http.ResponseWriter, r *http.Request, ho
 	})
 }
 
+// wasEjected tells whether whoever shows these keys is a host that was ejected, also
+// when it has changed its key since, and from which pool.
+func (h *Hub) wasEjected(cs *tls.ConnectionState) (from xapi.UUID, yes bool) {
+	if cs == nil {
+		return "", false
+	}
+	_, _, err := trust.VerifyChain(trust.Shown(*cs), func(spki []byte) bool {
+		var ejected bool
+		from, ejected = h.isEjected(trust.Pin(spki))
+		return ejected
+	})
+	return from, err == nil
+}
+
 // admit identifies who makes a request, or answers it.
 func (h *Hub) admit(w http.ResponseWriter, r *http.Request) (caller, bool) {
 	c, err := h.identify(r.Context(), r.TLS)
 	if err != nil {
-		h.o.Log.WithError(err).WithFields(c.fields()).WithFields(logrus.Fields{"from": r.RemoteAddr, "path": r.URL.Path}).Warn("a stranger was refused")
-		if from, yes := h.isEjected(c.pin); yes {
+		level := logrus.WarnLevel
+		if !h.strangers.Allow() {
+			level = logrus.DebugLevel // a flood of them fills no log
+		}
+		h.o.Log.WithError(err).WithFields(c.fields()).WithFields(logrus.Fields{"from": r.RemoteAddr, "path": r.URL.Path}).Log(level, "a stranger was refused")
+		if from, yes := h.wasEjected(r.TLS); yes {
 			answerNotLeading(w, http.StatusForbidden, notLeading{Error: failure{Code: xapi.HostEjected, Params: []string{string(from)}}})
 			return c, false
 		}

@@ -38,6 +38,34 @@ type member struct {
 	link      *hostLink // nil: not connected
 	since     time.Time // when link came, or went; zero: nothing was seen of it
 	ask, tell *rate.Limiter
+
+	process string    // that was connected last
+	former  []string  // those before it
+	warned  time.Time // when it was said that the host is there twice
+}
+
+// MessageHostTwice is the notice of a host whose key two processes have.
+const MessageHostTwice = "PATCHD_HOST_TWICE"
+
+// warnAgain is when that is said again, and maxFormer how many processes of a host
+// are remembered.
+const (
+	warnAgain = time.Hour
+	maxFormer = 4
+)
+
+// meets notes which process of the host connects. One that comes back after another
+// has taken its place is not the only one: a process that was started again is new.
+func (m *member) meets(process string) (again bool) {
+	if process == "" || process == m.process {
+		return false
+	}
+	again = slices.Contains(m.former, process)
+	if m.process != "" && !slices.Contains(m.former, m.process) {
+		m.former = append(m.former[max(0, len(m.former)-maxFormer+1):], m.process)
+	}
+	m.process = process
+	return again
 }
 
 // openJob is what of an open job concerns its host: not how far the host says

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net/http"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -253,6 +254,27 @@ func TestAnEjectedHostIsCutAtOnceAndStaysOut(t *testing.T) {
 	defer cancel()
 	if err := c.JobRequeue(ctx, xapi.NewRef()); !xapi.Is(err, xapi.CannotContactHost) {
 		t.Errorf("%v", err)
+	}
+}
+
+// A host that was ejected while it was away learns of it, also with another key.
+func TestAHostThatWasEjectedLearnsOfIt(t *testing.T) {
+	for name, rotate := range map[string]bool{"with its key": false, "with the next key": true} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t)
+			h := r.host()
+			r.must(r.pool.HostEject(t.Context(), h.ref, true))
+			if rotate {
+				r.must(h.id.Rotate(time.Now()))
+			}
+			told := make(chan struct{})
+			c := r.client(h, func(c *Client) { c.o.Ejected = sync.OnceFunc(func() { close(told) }) })
+			select {
+			case <-told:
+			case <-time.After(20 * time.Second):
+				t.Errorf("it was not told: %+v", c.State())
+			}
+		})
 	}
 }
 

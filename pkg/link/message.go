@@ -98,6 +98,8 @@ type helloParams struct {
 	Proto   int        `json:"proto"`
 	Version string     `json:"version"` // of patchd, for people
 	Facts   pool.Facts `json:"facts"`
+	// Process is another one for each start of patchd; "": the host does not say.
+	Process string `json:"process,omitempty"`
 }
 
 type helloResult struct {

@@ -139,7 +139,7 @@ func readFailure(resp *http.Response) error {
 func (s *session) hello() (helloResult, error) {
 	c := s.client
 	var r helloResult
-	params, err := raw(helloParams{Proto: c.proto, Version: c.o.Version, Facts: c.o.Facts()})
+	params, err := raw(helloParams{Proto: c.proto, Version: c.o.Version, Facts: c.o.Facts(), Process: c.process})
 	if err != nil {
 		return r, err
 	}

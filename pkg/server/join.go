@@ -145,6 +145,15 @@ func (s *Server) Join(ctx context.Context, spec pool.JoinSpec) (a pool.JoinAnswe
 	if a, err = s.askToJoin(ctx, base, pin, req); err != nil {
 		return a, err
 	}
+	// From here on nobody is served any more, and what has come meanwhile goes along.
+	defer func(served http.Handler) {
+		if err != nil {
+			s.ways.setHandler(served)
+		}
+	}(s.ways.swapHandler(http.HandlerFunc(booting)))
+	if a, err = s.bringTheRest(ctx, base, pin, req, a); err != nil {
+		return a, err
+	}
 	if spec.TrustKeys {
 		if err := s.takeKeys(a.Keys); err != nil {
 			return a, err
@@ -158,6 +167,37 @@ func (s *Server) Join(ctx context.Context, spec pool.JoinSpec) (a pool.JoinAnswe
 	s.log.WithField("pool", a.Pool).Info("this host was taken into the pool, and opens again as its member")
 	s.reopenSoon()
 	return a, nil
+}
+
+// bringTheRest asks once more when this host has more to bring than it said in
+// before. Code: OTHER_OPERATION_IN_PROGRESS when something has begun meanwhile: the
+// same credentials are good for the next try.
+func (s *Server) bringTheRest(ctx context.Context, base, pin string, before pool.JoinRequest, a pool.JoinAnswer) (pool.JoinAnswer, error) {
+	if err := s.pool.AssertAlone(); err != nil {
+		return a, err
+	}
+	now, err := s.joinRequest()
+	if err != nil {
+		return a, err
+	}
+	now.Token, now.Secret, now.User, now.Password, now.Align = before.Token, before.Secret, before.User, before.Password, before.Align
+	same, err := sameJoin(before, now)
+	if same || err != nil {
+		return a, err
+	}
+	news, err := s.askToJoin(ctx, base, pin, now)
+	news.Patches = append(a.Patches, news.Patches...)
+	return news, err
+}
+
+// sameJoin tells whether two requests bring the same.
+func sameJoin(a, b pool.JoinRequest) (bool, error) {
+	x, err := json.Marshal(a)
+	if err != nil {
+		return false, err
+	}
+	y, err := json.Marshal(b)
+	return bytes.Equal(x, y), err
 }
 
 // reopenSoon ends this role; cmd opens the process again in the one that holds.

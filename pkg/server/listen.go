@@ -55,6 +55,12 @@ type handlerBox struct{ http.Handler }
 
 func (l *listeners) setHandler(h http.Handler) { l.handler.Store(handlerBox{h}) }
 
+// swapHandler is setHandler that gives the handler before.
+func (l *listeners) swapHandler(h http.Handler) http.Handler {
+	before, _ := l.handler.Swap(handlerBox{h}).(handlerBox)
+	return before.Handler
+}
+
 // ServeHTTP lets the handler decide about deadlines while it runs. What the
 // server does by itself afterwards, which is sending the end of the answer and
 // skipping the rest of the body, is bounded here.
