@@ -122,3 +122,23 @@ func untouched(t testing.TB, w *lab.Work, hosts ...*lab.Host) {
 		}
 	}
 }
+
+// compliance is what the pool knows of one patch on one host.
+type compliance struct{ Host, Value, Since, Note string }
+
+// complianceOf asks for it by the command line.
+func complianceOf(t testing.TB, leader *lab.Host, w *lab.Work, h *lab.Host) compliance {
+	t.Helper()
+	var all []struct{ Hosts []compliance }
+	out := leader.Must("pool", "compliance", string(w.UUID), "--output", "json")
+	if err := json.Unmarshal([]byte(out), &all); err != nil || len(all) != 1 {
+		t.Fatalf("%v in %s", err, out)
+	}
+	for _, c := range all[0].Hosts {
+		if c.Host == h.UUID() {
+			return c
+		}
+	}
+	t.Fatalf("no host %s in %s", h.UUID(), out)
+	return compliance{}
+}

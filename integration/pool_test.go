@@ -105,12 +105,21 @@ func TestC2_HostsThatDiffer(t *testing.T) {
 		t.Errorf("the host that shares the SR has received %d bytes", received-sent)
 	}
 	untouched(t, w, small, off)
-	waiting := showRun(first, run).of(t, off)
-	if waiting.State != "waiting" || !strings.Contains(waiting.Reason, "away") {
+	// A host is away when it was not heard of for 45 s.
+	var waiting runHost
+	for end := time.Now().Add(75 * time.Second); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
+		if waiting = showRun(first, run).of(t, off); strings.Contains(waiting.Reason, "away, not heard of since") {
+			break
+		}
+	}
+	if waiting.State != "waiting" || !strings.Contains(waiting.Reason, "away, not heard of since") {
 		t.Errorf("the host that is off: %+v", waiting)
 	}
-	if out := first.Must("pool", "compliance", string(w.UUID)); !strings.Contains(out, "unknown") {
-		t.Errorf("compliance: %s", out)
+	if c := complianceOf(t, first, w, off); c.Value != "unknown" || c.Since == "" {
+		t.Errorf("compliance of the host that is off: %+v", c)
+	}
+	if c := complianceOf(t, first, w, small); c.Value != "no" {
+		t.Errorf("compliance of the small host: %+v", c)
 	}
 	if out := first.Must("why", off.UUID(), string(w.UUID)); !strings.Contains(out, "away") {
 		t.Errorf("why: %s", out)

@@ -85,7 +85,7 @@ func TestSecurity_roles(t *testing.T) {
 		session.ReadOnly: user(h, session.ReadOnly), session.PoolOperator: user(h, session.PoolOperator), session.PoolAdmin: user(h, session.PoolAdmin),
 	}
 	for _, m := range messageTable(t) {
-		if m.open() || strings.HasSuffix(m.name, "logout") || m.name == "event.next" {
+		if m.open() || ofThisHost[m.name] || strings.HasSuffix(m.name, "logout") || m.name == "event.next" {
 			continue
 		}
 		params := make([]any, len(m.params))
@@ -108,6 +108,24 @@ func TestSecurity_roles(t *testing.T) {
 				}
 			}
 		}
+	}
+}
+
+// ofThisHost are the messages about the host itself, which take no session: what
+// changes something is said over the unix socket only.
+var ofThisHost = map[string]bool{"patchd.role": true, "patchd.rotate_key": true, "patchd.pool_leave": true}
+
+func TestSecurity_messages_of_the_host_itself(t *testing.T) {
+	h := lab.Start(t, lab.Options{})
+	_, pin, _ := strings.Cut(h.Must("status"), "pin")
+	for name := range ofThisHost {
+		_, err := h.RPC(name)
+		if want := name != "patchd.role"; isCode(err, xapi.RBACPermissionDenied) != want || !want && err != nil {
+			t.Errorf("%s over the network gave %v", name, err)
+		}
+	}
+	if _, now, _ := strings.Cut(h.Must("status"), "pin"); now != pin || pin == "" {
+		t.Error("a stranger has changed the key of the host")
 	}
 }
 

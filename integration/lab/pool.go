@@ -71,15 +71,13 @@ func (p *Pool) JoinAll() {
 	}
 }
 
-// Join joins a host to the coordinator's pool by a token, and waits until the
-// coordinator lists it.
+// Join joins a host to the coordinator's pool by a token, and waits until it
+// is connected.
 func (p *Pool) Join(coordinator, member *Host) {
 	p.T.Helper()
 	token := strings.TrimSpace(coordinator.Must("pool", "token"))
 	member.Must("pool", "join", coordinator.TLSURL, "--token", token)
-	p.until("host "+member.UUID()+" to be listed", func() bool {
-		return slices.Contains(coordinator.listed(), member.UUID())
-	})
+	p.until("host "+member.UUID()+" to be connected", func() bool { return coordinator.listed()[member.UUID()] })
 	p.out[member] = false
 }
 
@@ -88,22 +86,43 @@ func (p *Pool) Eject(coordinator, member *Host) {
 	p.T.Helper()
 	coordinator.Must("pool", "eject", member.UUID())
 	p.until("host "+member.UUID()+" to be gone", func() bool {
-		return !slices.Contains(coordinator.listed(), member.UUID())
+		all := coordinator.listed()
+		_, there := all[member.UUID()]
+		return all != nil && !there
 	})
 	p.out[member] = true
 }
 
-// listed are the uuids of the hosts of the pool, as `host list` shows them.
-func (h *Host) listed() (uuids []string) {
+// AllConnected waits until every host of the pool that runs is connected to the
+// one that leads.
+func (p *Pool) AllConnected() {
+	p.T.Helper()
+	p.until("all hosts to be connected", func() bool {
+		leader, _ := p.LeaderNow()
+		if leader == nil {
+			return false
+		}
+		there := leader.H.listed()
+		return !slices.ContainsFunc(p.Hosts, func(h *Host) bool { return !p.out[h] && h.Running() && !there[h.UUID()] })
+	})
+}
+
+// listed are the hosts of the pool by uuid, as `host list` shows them, and
+// whether each is connected.
+func (h *Host) listed() map[string]bool {
 	out, _, code := h.CLI("host", "list", "--output", "json")
-	var recs []struct{ UUID string }
+	var recs []struct {
+		UUID      string
+		Connected bool
+	}
 	if code != 0 || json.Unmarshal([]byte(out), &recs) != nil {
 		return nil
 	}
+	all := map[string]bool{}
 	for _, r := range recs {
-		uuids = append(uuids, r.UUID)
+		all[r.UUID] = r.Connected
 	}
-	return uuids
+	return all
 }
 
 // Must runs the command line, fails the test when that fails, and gives what

@@ -44,9 +44,12 @@ func dialPeer(ctx context.Context, base string, patience time.Duration, c *tls.C
 
 // Times and numbers of connections that are kept for further requests.
 const (
-	dialPatience  = 10 * time.Second
-	keepIdle      = 90 * time.Second
-	maxTransports = 64
+	dialPatience = 10 * time.Second
+	keepIdle     = 90 * time.Second
+	// expectPatience is how long a request that expects to be refused, perhaps, waits
+	// for that before its body goes.
+	expectPatience = 10 * time.Second
+	maxTransports  = 64
 )
 
 // NewHTTP speaks to the host at base, the URL of its TLS listener, and to no
@@ -70,7 +73,8 @@ func NewHTTP(id *trust.Identity, base string, trusted func(spki []byte) bool) *h
 				}
 				return conn, nil
 			},
-			IdleConnTimeout: keepIdle, MaxIdleConnsPerHost: 4, DisableCompression: true,
+			ExpectContinueTimeout: expectPatience,
+			IdleConnTimeout:       keepIdle, MaxIdleConnsPerHost: 4, DisableCompression: true,
 		},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}

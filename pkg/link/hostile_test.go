@@ -1,6 +1,7 @@
 package link
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"net"
@@ -290,5 +291,119 @@ func TestManyThatAreAwayAreStoredTogether(t *testing.T) {
 	})
 	if n := r.revision() - before; n > 20 {
 		t.Errorf("%d revisions", n)
+	}
+}
+
+// A line of many empty records would be a gigabyte in memory.
+func TestAListOfAMillionNothingsIsGivenUp(t *testing.T) {
+	r := newRig(t)
+	h := r.host()
+	b := r.dial(h)
+	b.hello()
+	nothings := func(one string) string { return "[" + strings.Repeat(one+",", 2<<20/len(one)) + one + "]" }
+	for i, params := range []string{
+		`{"host":"` + string(h.ref) + `","stamps":` + nothings("{}") + `}`,
+		`{"host":"` + string(h.ref) + `","stamps":` + nothings("null") + `}`,
+	} {
+		r.must(b.send(fmt.Sprintf(`{"id":%d,"method":"resync","params":%s}`, i+2, params)))
+		for {
+			m, err := b.next()
+			r.must(err)
+			if m.ID != uint64(i+2) {
+				continue
+			}
+			if m.Error == nil || m.Error.Code != xapi.InvalidValue {
+				t.Errorf("%+v", m)
+			}
+			break
+		}
+	}
+	var inv pool.Inventory
+	if err := inv.UnmarshalJSON([]byte(`{"put":` + nothings("{}") + `}`)); !xapi.Is(err, xapi.InvalidValue) {
+		t.Errorf("an inventory: %v", err)
+	}
+	if _, err := decode[pool.JoinRequest]([]byte(`{"stamps":` + nothings("{}") + `}`)); !xapi.Is(err, xapi.InvalidValue) {
+		t.Errorf("a join: %v", err)
+	}
+}
+
+// A host that signs one key after another for itself fills no record.
+func TestAHostHasAFewKeysOnly(t *testing.T) {
+	r := newRig(t)
+	h := r.host()
+	first := h.id.SPKI()
+	for range maxKeys + 2 {
+		r.must(h.id.Rotate(time.Now()))
+		b := r.dial(h)
+		b.hello()
+	}
+	keys := get[pool.Host](r, pool.ClassHost, h.ref).Keys
+	if len(keys) > maxKeys || string(keys[len(keys)-1].SPKI) != string(h.id.SPKI()) || string(keys[0].SPKI) == string(first) {
+		t.Errorf("%d keys", len(keys))
+	}
+}
+
+// What a host reports at the end of a job is bounded.
+func TestAReportIsBounded(t *testing.T) {
+	r := newRig(t)
+	h := r.host()
+	job, _ := r.job(h)
+	c := r.client(h)
+	n, err := c.JobClaim(t.Context(), job)
+	r.must(err)
+	r.must(c.JobReport(t.Context(), job, 1e9, strings.Repeat("x", 1<<20)))
+	if j := get[pool.Job](r, pool.ClassJob, job); j.Progress != 1 || len(j.Tail) != maxParam {
+		t.Errorf("progress %g, %d bytes", j.Progress, len(j.Tail))
+	}
+	params := make([]string, 1000)
+	r.must(c.JobFinish(t.Context(), job, pool.Outcome{
+		Attempt: n, Output: strings.Repeat("x", 4<<20), Err: xapi.NewError("a code\nof lines", params...),
+	}))
+	j := get[pool.Job](r, pool.ClassJob, job)
+	if len(j.Output) != maxText || len(j.Error) > maxParams+1 || j.Error[0] != xapi.InternalError {
+		t.Errorf("%d bytes, %d parameters, %q", len(j.Output), len(j.Error), j.Error[0])
+	}
+	if _, err := c.MessageCreate(t.Context(), "N", 3, "Host", h.uuid, strings.Repeat("x", 1<<20)); !xapi.Is(err, xapi.InvalidValue) {
+		t.Errorf("a large message: %v", err)
+	}
+}
+
+// A connection counts as a host's when it is the one link of that, not before.
+func TestOnlyALinkIsKnown(t *testing.T) {
+	r := newRig(t)
+	var known atomic.Int64
+	r.hub.o.Known = func(context.Context) { known.Add(1) }
+	h := r.host()
+	for range 3 {
+		r.dial(h) // and no hello
+	}
+	c := NewHTTP(h.id, r.url, trust.OneOf(r.id.SPKI()))
+	defer c.CloseIdleConnections()
+	resp, err := c.Get(r.url + "/pool_patch_download?uuid=x")
+	r.must(err)
+	resp.Body.Close()
+	if n := known.Load(); n != 0 {
+		t.Errorf("%d connections are kept for good", n)
+	}
+	r.dial(h).hello()
+	if n := known.Load(); n != 1 {
+		t.Errorf("the link is known %d times", n)
+	}
+}
+
+// Room is promised in the SRs of the host, and no less than none.
+func TestAPromiseIsInAnSROfTheHost(t *testing.T) {
+	r := newRig(t)
+	h, other := r.host(), r.host()
+	job, _ := r.job(h)
+	own, theirs := r.put(pool.ClassSR, pool.SR{UUID: xapi.NewUUID()}), r.put(pool.ClassSR, pool.SR{UUID: xapi.NewUUID()})
+	r.put(pool.ClassPBD, pool.PBD{UUID: xapi.NewUUID(), Host: h.ref, SR: own})
+	r.put(pool.ClassPBD, pool.PBD{UUID: xapi.NewUUID(), Host: other.ref, SR: theirs})
+	c := r.client(h)
+	if _, err := c.JobPromise(t.Context(), job, pool.Promise{SR: theirs, Room: 1, Free: 2, Work: xapi.NewUUID()}); !xapi.Is(err, xapi.OperationNotAllowed) {
+		t.Errorf("an SR of another host: %v", err)
+	}
+	if _, err := c.JobPromise(t.Context(), job, pool.Promise{SR: own, Room: -1 << 60, Free: 2, Work: xapi.NewUUID()}); !xapi.Is(err, xapi.InvalidValue) {
+		t.Errorf("less than none: %v", err)
 	}
 }

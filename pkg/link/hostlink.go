@@ -25,7 +25,8 @@ type hostLink struct {
 	caller  caller
 	wire    *wire
 	since   time.Time
-	standby bool // it has the pool database; set before it is in the index
+	known   func() // says that the connection belongs to somebody
+	standby bool   // it has the pool database; set before it is in the index
 	ctx     context.Context
 	stop    context.CancelFunc
 
@@ -100,6 +101,9 @@ func (l *hostLink) greet() (entered bool, err error) {
 		return false, err
 	}
 	l.standby = p.Facts.Standby
+	if err := l.patient(); err != nil { // it may be one that comes again and again
+		return false, err
+	}
 	if err := l.hub.o.Pool.HostHello(l.ctx, l.caller.host, p.Facts); err != nil {
 		return false, fmt.Errorf("note the facts of the host: %w", err)
 	}
@@ -139,6 +143,7 @@ func (l *hostLink) enter(id uint64) (bool, error) {
 	if m.away {
 		h.back(m.ref)
 	}
+	l.known()
 	l.answer(message{ID: id, Result: welcome})
 	l.order()
 	h.mu.Unlock()

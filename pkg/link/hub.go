@@ -29,7 +29,8 @@ type Backend interface {
 	JobReport(ctx context.Context, job xapi.Ref, progress float64, tail string) error
 	JobRequeue(ctx context.Context, job xapi.Ref) error
 	JobFinish(ctx context.Context, job xapi.Ref, o pool.Outcome) error
-	VDIDamaged(ctx context.Context, vdi xapi.Ref, text string) error
+	// DamageSaid takes it from a host that an image is damaged.
+	DamageSaid(ctx context.Context, host, vdi xapi.Ref, text string) error
 	Resync(ctx context.Context, host xapi.Ref, stamps []pool.Stamp) error
 	MessageCreate(ctx context.Context, name string, priority int64, cls string, obj xapi.UUID, body string) (xapi.Ref, error)
 	// TakeInventory brings the copy of what lies on a member up to date.
@@ -52,7 +53,8 @@ type Options struct {
 	Self xapi.Ref
 	// Term is the revision of this coordinator's election.
 	Term func() int64
-	// Known is told of each request that a host of the pool has made; nil: nobody is.
+	// Known is told of the request that has become the link of a host, of which there
+	// is one at a time; nil: nobody is.
 	Known func(ctx context.Context)
 }
 
@@ -73,8 +75,13 @@ type Hub struct {
 	leavers
 }
 
-// bigLines is how many long lines a hub takes in at once.
-const bigLines = 8
+// bigLines is how many long lines a hub takes in at once, and ownBigLines how many
+// of these may be one host's.
+const bigLines, ownBigLines = 8, 2
+
+// maxKeys is how many keys a host has at most: it may change its key a few times
+// before it forgets the older ones.
+const maxKeys = 4
 
 // NewHub makes a hub. It takes links from now on, and follows the records while
 // Run does.
@@ -167,9 +174,6 @@ func (h *Hub) identify(ctx context.Context, cs *tls.ConnectionState) (caller, er
 	if err := h.keepKeys(ctx, c, leaf, viaOld); err != nil {
 		return c, err
 	}
-	if h.o.Known != nil {
-		h.o.Known(ctx)
-	}
 	return c, nil
 }
 
@@ -190,6 +194,7 @@ func (h *Hub) keepKeys(ctx context.Context, c caller, leaf []byte, viaOld bool) 
 			rec.Keys = rec.Keys[n-1:]
 		case viaOld && (n == 0 || trust.Pin(rec.Keys[n-1].SPKI) != c.pin):
 			rec.Keys = append(rec.Keys, pool.HostKey{SPKI: leaf, Added: h.o.Now().UTC()})
+			rec.Keys = rec.Keys[max(0, len(rec.Keys)-maxKeys):]
 		default:
 			return nil
 		}
@@ -243,8 +248,12 @@ func (h *Hub) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		h.o.Log.WithError(err).Error("a link could not be begun")
 		return
 	}
-	l := &hostLink{hub: h, caller: c, wire: newWire(conn, rw.Reader, &h.times), since: h.o.Now()}
-	l.wire.big, l.taken.L = h.big, &l.mu
+	l := &hostLink{hub: h, caller: c, wire: newWire(conn, rw.Reader, &h.times), since: h.o.Now(), known: func() {}}
+	if h.o.Known != nil {
+		asked := context.WithoutCancel(r.Context())
+		l.known = func() { h.o.Known(asked) }
+	}
+	l.wire.big, l.wire.own, l.taken.L = h.big, make(chan struct{}, ownBigLines), &l.mu
 	l.ctx, l.stop = context.WithCancel(h.ctx)
 	if !h.begin(l.run) {
 		l.cut("the coordinator ends")

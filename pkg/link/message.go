@@ -2,6 +2,8 @@ package link
 
 import (
 	"encoding/json"
+	"fmt"
+	"strings"
 	"time"
 
 	"github.com/patchd/patchd/pkg/pool"
@@ -138,11 +140,42 @@ func outcomeOf(o pool.Outcome) *outcome {
 }
 
 func (w outcome) outcome() pool.Outcome {
-	o := pool.Outcome{Output: w.Output, Unknown: w.Unknown, At: w.At, Attempt: w.Attempt, Proof: w.Proof}
+	o := pool.Outcome{Output: ending(w.Output, maxText), Unknown: w.Unknown, At: w.At, Attempt: w.Attempt, Proof: w.Proof}
 	if w.Error != nil {
-		o.Err = xapi.NewError(w.Error.Code, w.Error.Params...)
+		o.Err = w.Error.bounded()
+	}
+	if p := w.Proof; p != nil && len(p.Stamp)+len(p.Payload)+len(p.UUID)+len(p.Version) > maxParam {
+		o.Proof = nil // it proves nothing
 	}
 	return o
+}
+
+// Bounds of what a host says at the end of a job or in a notice: of a text and of one
+// parameter, in bytes, and of the parameters of an error.
+const (
+	maxText   = 256 << 10
+	maxParam  = 32 << 10
+	maxParams = 16
+)
+
+// ending is the end of a text that is too long: there stands what has happened last.
+func ending(text string, limit int) string {
+	if len(text) <= limit {
+		return text
+	}
+	return strings.ToValidUTF8(text[len(text)-limit:], "")
+}
+
+// bounded is the error of a host as it may be recorded.
+func (f *failure) bounded() *xapi.Error {
+	if len(f.Code) > 64 || strings.Trim(f.Code, "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_") != "" || f.Code == "" {
+		return xapi.NewError(xapi.InternalError, fmt.Sprintf("the host has reported the error %.64q", f.Code))
+	}
+	var params []string
+	for _, p := range f.Params[:min(len(f.Params), maxParams)] {
+		params = append(params, ending(p, maxParam))
+	}
+	return xapi.NewError(f.Code, params...)
 }
 
 type jobResult struct {
@@ -157,7 +190,16 @@ type damagedParams struct {
 
 type resyncParams struct {
 	Host   xapi.Ref `json:"host"`
-	Stamps []stamp  `json:"stamps"`
+	Stamps stamps   `json:"stamps"`
+}
+
+// stamps are as many as one host may have.
+type stamps []stamp
+
+// UnmarshalJSON decodes no more of them than that.
+func (s *stamps) UnmarshalJSON(b []byte) (err error) {
+	*s, err = pool.DecodeList[stamp](b, pool.MaxStamps)
+	return err
 }
 
 // stamp is pool.Stamp.

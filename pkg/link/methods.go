@@ -67,6 +67,9 @@ func (l *hostLink) aboutJob(method string, p jobParams) (any, error) {
 	}
 	switch {
 	case method == methodPromise && p.Promise != nil:
+		if err := l.ownSR(p.Promise.SR); err != nil {
+			return nil, err
+		}
 		return b.JobPromise(l.ctx, p.Job, *p.Promise)
 	case method == methodClaim:
 		return b.JobClaim(l.ctx, p.Job)
@@ -74,7 +77,7 @@ func (l *hostLink) aboutJob(method string, p jobParams) (any, error) {
 		if err := l.patient(); err != nil {
 			return nil, err
 		}
-		return nil, b.JobReport(l.ctx, p.Job, p.Progress, p.Tail)
+		return nil, b.JobReport(l.ctx, p.Job, min(max(p.Progress, 0), 1), ending(p.Tail, maxParam))
 	case method == methodRequeue:
 		return nil, b.JobRequeue(l.ctx, p.Job)
 	case method == methodFinish && p.Outcome != nil:
@@ -92,6 +95,16 @@ func (l *hostLink) ownJob(ref xapi.Ref) error {
 			return err
 		}
 		return l.own(job)
+	})
+}
+
+// ownSR refuses an SR that the host is not linked to.
+func (l *hostLink) ownSR(ref xapi.Ref) error {
+	return l.hub.o.Store.View(func(v *store.View) error {
+		if l.plugged(v, ref) {
+			return nil
+		}
+		return l.foreign(fmt.Sprintf("SR %.80s is none of yours", ref))
 	})
 }
 
@@ -137,7 +150,7 @@ func (l *hostLink) damaged(p damagedParams) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	return nil, l.hub.o.Pool.VDIDamaged(l.ctx, p.VDI, p.Text)
+	return nil, l.hub.o.Pool.DamageSaid(l.ctx, l.caller.host, p.VDI, ending(p.Text, maxParam))
 }
 
 // reads tells whether an open job of the host names the VDI.
@@ -184,7 +197,10 @@ func (l *hostLink) message(p messageParams) (any, error) {
 	if err := l.patient(); err != nil {
 		return nil, err
 	}
-	return l.hub.o.Pool.MessageCreate(l.ctx, p.Name, p.Priority, p.Cls, p.Object, p.Body)
+	if len(p.Name) > 64 || len(p.Body) > maxParam {
+		return nil, xapi.NewError(xapi.InvalidValue, "message", "it is too long")
+	}
+	return l.hub.o.Pool.MessageCreate(l.ctx, p.Name, min(max(p.Priority, 1), 5), p.Cls, p.Object, p.Body)
 }
 
 // limit bounds what the host may ask for, over all its links.

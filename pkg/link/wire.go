@@ -23,6 +23,8 @@ type wire struct {
 	times *times
 	// big bounds how many long lines the process holds at once; nil: it does not.
 	big chan struct{}
+	// own bounds how many of these this connection holds; nil: nothing does.
+	own chan struct{}
 }
 
 // Sizes in bytes: of what is kept for reading, of what is written at once, and
@@ -56,8 +58,7 @@ func (w *wire) read(limit int, silence time.Duration) (line []byte, release func
 	_ = w.conn.SetReadDeadline(time.Now().Add(w.times.line))
 	for errors.Is(err, bufio.ErrBufferFull) {
 		if release == nil && len(line) > shortLine && w.big != nil {
-			w.big <- struct{}{}
-			release = func() { <-w.big }
+			release = w.place()
 			_ = w.conn.SetReadDeadline(time.Now().Add(w.times.line))
 		}
 		var more []byte
@@ -73,6 +74,20 @@ func (w *wire) read(limit int, silence time.Duration) (line []byte, release func
 		return nil, nil, err
 	}
 	return line[:len(line)-1], release, nil
+}
+
+// place waits until one more long line may be held. release gives the place back.
+func (w *wire) place() (release func()) {
+	if w.own != nil {
+		w.own <- struct{}{}
+	}
+	w.big <- struct{}{}
+	return func() {
+		<-w.big
+		if w.own != nil {
+			<-w.own
+		}
+	}
 }
 
 // write sends one line, which ends with its line feed. The error when the other

@@ -173,6 +173,39 @@ func TestApplyIsAJob(t *testing.T) {
 	}
 }
 
+// What a host that is not there has not claimed ends without it; what it has
+// claimed is its own to end.
+func TestCancelWithoutTheHost(t *testing.T) {
+	t.Parallel()
+	r, _, patch, _ := patched(t)
+	ctx := t.Context()
+	there := true
+	r.Connected = func(xapi.Ref) bool { return there }
+	job, done := r.apply(patch, nil)
+	there = false
+	r.must(r.JobCancel(ctx, job))
+	r.wantCode("cancelled", <-done, xapi.TaskCancelled)
+	if _, err := r.JobClaim(ctx, job); err == nil {
+		t.Error("it can be claimed")
+	}
+	if _, hps := r.hostPatches(patch); len(hps) != 0 {
+		t.Errorf("%+v", hps)
+	}
+
+	there = true
+	job, done = r.apply(patch, nil)
+	if _, err := r.JobClaim(ctx, job); err != nil {
+		t.Fatal(err)
+	}
+	there = false
+	r.must(r.JobCancel(ctx, job))
+	if rec, err := r.Job(job); err != nil || rec.State != JobClaimed || !rec.Cancel {
+		t.Errorf("%+v %v", rec, err)
+	}
+	r.must(r.finish(ctx, job, Outcome{}))
+	r.must(<-done)
+}
+
 func TestApplyFails(t *testing.T) {
 	t.Parallel()
 	r, h, patch, _ := patched(t)

@@ -208,7 +208,7 @@ func init() {
 		"VDIForget":  obeying(true, func(ctx context.Context, p *Pool, vdi xapi.Ref) error { return unlessGone(p.VDIForget(ctx, vdi)) }),
 		"VDIDestroy": obeying(true, func(ctx context.Context, p *Pool, vdi xapi.Ref) error { return unlessGone(p.VDIDestroy(ctx, vdi)) }),
 		"VDIUpdate":  obeying(true, func(ctx context.Context, p *Pool, vdi xapi.Ref) error { return p.VDIUpdate(ctx, vdi) }),
-		"VDIRepair":  obeying(true, func(ctx context.Context, p *Pool, vdi xapi.Ref) error { return p.VDIRepair(ctx, vdi) }),
+		callRepair:   obeying(true, func(ctx context.Context, p *Pool, vdi xapi.Ref) error { return p.VDIRepair(ctx, vdi) }),
 		"VDIVerify": answering(true, func(ctx context.Context, p *Pool, vdi xapi.Ref) (string, error) {
 			report, err := p.VDIVerify(ctx, vdi)
 			if err != nil {

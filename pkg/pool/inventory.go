@@ -78,17 +78,22 @@ const maxInventory = 100000
 
 // TakeInventory takes over what a host says of its storage. What belongs to
 // others is passed over: a host tells of its own links, of the SRs that it works
-// on and of the VDIs in those. Facts are taken from the host, words (names,
+// on and of the VDIs in those. A link to an SR of others counts where that is shared,
+// and none moves to another SR. Facts are taken from the host, words (names,
 // tags, other_config but for patchd's own keys) stay the pool's. Codes:
 // HANDLE_INVALID, INVALID_VALUE.
 func (p *Pool) TakeInventory(ctx context.Context, host xapi.Ref, inv Inventory) error {
 	if len(inv.Put)+len(inv.Gone) > maxInventory {
 		return xapi.NewError(xapi.InvalidValue, "inventory", fmt.Sprintf("more than %d records", maxInventory))
 	}
+	if err := p.mayAdd(host, inv); err != nil {
+		return err
+	}
 	linked, err := p.linkedSRs(host)
 	if err != nil {
 		return err
 	}
+	links := inv.linkedBy(host)
 	if inv.Full {
 		gone, err := p.notListed(host, inv)
 		if err != nil {
@@ -99,7 +104,7 @@ func (p *Pool) TakeInventory(ctx context.Context, host xapi.Ref, inv Inventory) 
 	for _, class := range inventoryClasses {
 		var part []InventoryRecord
 		for _, r := range inv.Put {
-			if r.Class == class && len(r.Record) > 0 {
+			if r.Class == class && len(r.Record) > 0 && (class != ClassSR || linked[r.Ref] || links[r.Ref]) {
 				part = append(part, r)
 			}
 		}
@@ -259,9 +264,15 @@ func (p *Pool) takePBD(tx *store.Tx, host xapi.Ref, r InventoryRecord) error {
 	old, err := store.Read[PBD](tx, ClassPBD, r.Ref)
 	switch {
 	case xapi.Is(err, xapi.HandleInvalid):
+		if _, known := tx.ByUUID(ClassPBD, now.UUID); known || !now.UUID.Valid() {
+			return nil
+		}
+		if ok, err := mayLink(tx, host, now.SR); err != nil || !ok {
+			return err
+		}
 	case err != nil:
 		return err
-	case old.Host != host:
+	case old.Host != host || old.SR != now.SR || old.UUID != now.UUID:
 		return nil
 	}
 	tx.Put(ClassPBD, r.Ref, now)
@@ -294,6 +305,7 @@ func (p *Pool) takeVDI(tx *store.Tx, host xapi.Ref, r InventoryRecord) error {
 	if old.Map != "" && now.Map != old.Map && len(tx.Refs(ClassPatch, "VDI", string(r.Ref))) > 0 {
 		now.Map = old.Map // what a patch is was decided when it was uploaded
 	}
+	now.UUID = old.UUID
 	now.NameLabel, now.NameDescription, now.Tags = old.NameLabel, old.NameDescription, old.Tags
 	now.OtherConfig = mergeConfig(old.OtherConfig, now.OtherConfig)
 	now.XenstoreData, now.SMConfig = notNil(now.XenstoreData), notNil(now.SMConfig)

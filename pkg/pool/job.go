@@ -330,19 +330,7 @@ func (p *Pool) JobFinish(ctx context.Context, ref xapi.Ref, o Outcome) error {
 				applied = job.Patch
 			}
 		}
-		job.State, job.Finished, job.Progress = JobDone, p.Now(), 1
-		job.Output, job.Tail, job.VDI, job.Unknown = o.Output, "", "", o.Unknown
-		job.release()
-		if o.Err != nil {
-			job.Error = o.Err.Description()
-		} else {
-			job.Proof = o.Proof
-		}
-		tx.Put(ClassJob, ref, job)
-		if job.Kind == JobApply {
-			return p.finishApply(tx, job, o)
-		}
-		return nil
+		return p.endJob(tx, ref, job, o)
 	})
 	if xapi.Is(err, xapi.HandleInvalid) {
 		return nil
@@ -502,7 +490,26 @@ func (p *Pool) followJob(ctx context.Context, ref xapi.Ref) (Job, error) {
 	}
 }
 
-// JobCancel asks the host of a job to end it. One that is done stays as it is.
+// endJob makes a job done.
+func (p *Pool) endJob(tx *store.Tx, ref xapi.Ref, job Job, o Outcome) error {
+	job.State, job.Finished, job.Progress = JobDone, p.Now(), 1
+	job.Output, job.Tail, job.VDI, job.Unknown = o.Output, "", "", o.Unknown
+	job.release()
+	if o.Err != nil {
+		job.Error = o.Err.Description()
+	} else {
+		job.Proof = o.Proof
+	}
+	tx.Put(ClassJob, ref, job)
+	if job.Kind == JobApply {
+		return p.finishApply(tx, job, o)
+	}
+	return nil
+}
+
+// JobCancel asks the host of a job to end it. One that is done stays as it is;
+// one that was not claimed, of a host that is not connected, ends at once: the
+// host cannot claim it any more.
 func (p *Pool) JobCancel(ctx context.Context, ref xapi.Ref) error {
 	return p.Store.Update(ctx, func(tx *store.Tx) error {
 		var job Job
@@ -513,6 +520,9 @@ func (p *Pool) JobCancel(ctx context.Context, ref xapi.Ref) error {
 			return nil
 		}
 		job.Cancel = true
+		if job.State == JobQueued && p.Connected != nil && !p.Connected(job.Host) {
+			return p.endJob(tx, ref, job, Outcome{Err: xapi.NewError(xapi.TaskCancelled, string(job.Task.OrNull())), At: p.Now()})
+		}
 		tx.Put(ClassJob, ref, job)
 		return nil
 	})

@@ -63,18 +63,19 @@ func tokenHash(secret string) string {
 // JoinRequest is what a host says that wants to become a member. Its key is
 // that of the connection.
 type JoinRequest struct {
-	// Token and Secret, or User and Password, which the caller checks.
-	Token    xapi.UUID `json:"token,omitempty"`
-	Secret   string    `json:"secret,omitempty"`
-	User     string    `json:"user,omitempty"`
-	Password string    `json:"password,omitempty"`
+	// Token and Secret, or User and Password, which the caller checks. They are no
+	// part of the body: whoever takes the request checks them before it reads that.
+	Token    xapi.UUID `json:"-"`
+	Secret   string    `json:"-"`
+	User     string    `json:"-"`
+	Password string    `json:"-"`
 
-	Ref       xapi.Ref           `json:"ref"` // of Host, which it keeps
-	Host      Host               `json:"host"`
-	Facts     Facts              `json:"facts"`
-	Inventory Inventory          `json:"inventory"`
-	Patches   map[xapi.Ref]Patch `json:"patches"`
-	Stamps    []Stamp            `json:"stamps"`
+	Ref       xapi.Ref    `json:"ref"` // of Host, which it keeps
+	Host      Host        `json:"host"`
+	Facts     Facts       `json:"facts"`
+	Inventory Inventory   `json:"inventory"`
+	Patches   JoinPatches `json:"patches"`
+	Stamps    Stamps      `json:"stamps"`
 	// Align asks for the patches that other hosts have.
 	Align bool `json:"align,omitempty"`
 }
@@ -124,7 +125,16 @@ func (p *Pool) Admit(ctx context.Context, req JoinRequest, key []byte, byUser bo
 	if err := checkJoin(req); err != nil {
 		return JoinAnswer{}, err
 	}
-	err := p.Store.Update(ctx, func(tx *store.Tx) error {
+	if !byUser {
+		if err := p.CheckJoinToken(req.Token, req.Secret); err != nil {
+			return JoinAnswer{}, err
+		}
+	}
+	srs, inv, err := p.knownSRs(req.Ref, req.Inventory)
+	if err != nil {
+		return JoinAnswer{}, err
+	}
+	err = p.Store.Update(ctx, func(tx *store.Tx) error {
 		if !byUser {
 			if err := p.useToken(tx, req, key); err != nil {
 				return err
@@ -135,15 +145,11 @@ func (p *Pool) Admit(ctx context.Context, req JoinRequest, key []byte, byUser bo
 	if err != nil {
 		return JoinAnswer{}, err
 	}
-	srs, inv, err := p.knownSRs(req.Inventory)
-	if err != nil {
-		return JoinAnswer{}, err
-	}
 	if err := p.TakeInventory(ctx, req.Ref, inv); err != nil {
 		return JoinAnswer{}, fmt.Errorf("introduce the storage of host %s: %w", req.Host.UUID, err)
 	}
 	a := JoinAnswer{Host: req.Ref, SRs: srs}
-	if a.Patches, err = p.mergePatches(ctx, req.Patches); err != nil {
+	if a.Patches, err = p.mergePatches(ctx, req.Ref, req.Patches); err != nil {
 		return a, fmt.Errorf("merge the patches of host %s: %w", req.Host.UUID, err)
 	}
 	if err := p.Resync(ctx, req.Ref, req.Stamps); err != nil {
@@ -162,13 +168,35 @@ func checkJoin(req JoinRequest) error {
 		return xapi.NewError(xapi.InvalidValue, "host", "has no uuid or ref")
 	case req.Facts.URL == "":
 		return xapi.NewError(xapi.InvalidValue, "url", "the host does not listen on TLS")
-	case len(req.Patches) > maxJoinPatches || len(req.Stamps) > maxJoinPatches:
+	case len(req.Patches) > maxJoinPatches:
 		return xapi.NewError(xapi.InvalidValue, "patches", fmt.Sprintf("more than %d", maxJoinPatches))
 	}
-	return nil
+	for ref, rec := range req.Patches {
+		if !rec.UUID.Valid() || !ref.Valid() {
+			return xapi.NewError(xapi.InvalidValue, "patches", fmt.Sprintf("%.64q", rec.UUID))
+		}
+	}
+	return req.Facts.check()
 }
 
 var errToken = xapi.NewError(xapi.SessionAuthenticationFailed, "", "the join token is not valid: it may be used once, within 15 minutes; `patchd pool token` on the coordinator makes another")
+
+// CheckJoinToken looks whether a token may let a host in, before anything else that
+// the host says is read. Code: SESSION_AUTHENTICATION_FAILED.
+func (p *Pool) CheckJoinToken(id xapi.UUID, secret string) error {
+	return p.Store.View(func(v *store.View) error {
+		var t JoinToken
+		if it, ok := v.ByUUID(ClassJoinToken, id); !ok || it.Decode(&t) != nil || !t.opens(secret, p.Now()) {
+			return errToken
+		}
+		return nil
+	})
+}
+
+// opens tells whether a secret is that of the token, and the token holds.
+func (t JoinToken) opens(secret string, now time.Time) bool {
+	return subtle.ConstantTimeCompare([]byte(t.Hash), []byte(tokenHash(secret))) == 1 && !now.After(t.Expires)
+}
 
 // useToken marks the token as used by this host.
 func (p *Pool) useToken(tx *store.Tx, req JoinRequest, key []byte) error {
@@ -181,8 +209,7 @@ func (p *Pool) useToken(tx *store.Tx, req JoinRequest, key []byte) error {
 		return err
 	}
 	used := t.Host != "" && (t.Host != req.Host.UUID || !bytes.Equal(t.Key, key))
-	good := subtle.ConstantTimeCompare([]byte(t.Hash), []byte(tokenHash(req.Secret))) == 1
-	if !good || used || p.Now().After(t.Expires) {
+	if used || !t.opens(req.Secret, p.Now()) {
 		return errToken
 	}
 	t.Host, t.Key = req.Host.UUID, key
@@ -198,7 +225,7 @@ func (p *Pool) admitHost(tx *store.Tx, req JoinRequest, key []byte) error {
 			return err
 		}
 		own := h.hasKey(key)
-		if len(h.Keys) == 0 && !h.Leaving && h.UUID == req.Host.UUID && it.Ref == req.Ref {
+		if len(h.Keys) == 0 && !h.Leaving && !h.Coordinator && h.UUID == req.Host.UUID && it.Ref == req.Ref {
 			continue // its key was revoked, and it comes back with another
 		}
 		if own && (h.UUID != req.Host.UUID || it.Ref != req.Ref) || !own && (h.UUID == req.Host.UUID || it.Ref == req.Ref) {
@@ -214,7 +241,7 @@ func (p *Pool) admitHost(tx *store.Tx, req JoinRequest, key []byte) error {
 	} else if rec.revoked(key, p.Now()) {
 		return xapi.NewError(xapi.OperationNotAllowed, "the key of this host was revoked: give it another with `patchd pool rotate-key` and join again")
 	}
-	rec := fullHost(req.Host)
+	rec := fullHost(ownFacts(req.Host))
 	if old, err := store.Read[Host](tx, ClassHost, req.Ref); err == nil {
 		rec = old // the pool's words about it
 	}
@@ -255,8 +282,12 @@ func fullHost(h Host) Host {
 	return h
 }
 
-// HostHello takes what a host says of itself when it connects. Code: HANDLE_INVALID.
+// HostHello takes what a host says of itself when it connects. Codes: HANDLE_INVALID,
+// INVALID_VALUE.
 func (p *Pool) HostHello(ctx context.Context, host xapi.Ref, f Facts) error {
+	if err := f.check(); err != nil {
+		return err
+	}
 	return p.Store.Update(ctx, func(tx *store.Tx) error {
 		rec, err := store.Read[Host](tx, ClassHost, host)
 		if err != nil {
@@ -269,8 +300,9 @@ func (p *Pool) HostHello(ctx context.Context, host xapi.Ref, f Facts) error {
 }
 
 // knownSRs gives the SRs of an inventory that the pool has under another ref,
-// and the inventory with the pool's refs, without the VDIs in those.
-func (p *Pool) knownSRs(inv Inventory) (known map[xapi.Ref]xapi.Ref, out Inventory, err error) {
+// and the inventory with the pool's refs, without the VDIs in those. Code:
+// OPERATION_NOT_ALLOWED for one that is not shared and another host's.
+func (p *Pool) knownSRs(host xapi.Ref, inv Inventory) (known map[xapi.Ref]xapi.Ref, out Inventory, err error) {
 	known, out = map[xapi.Ref]xapi.Ref{}, Inventory{Full: inv.Full}
 	err = p.Store.View(func(v *store.View) error {
 		for _, r := range inv.Put {
@@ -278,7 +310,14 @@ func (p *Pool) knownSRs(inv Inventory) (known map[xapi.Ref]xapi.Ref, out Invento
 			if r.Class != ClassSR || json.Unmarshal(r.Record, &rec) != nil {
 				continue
 			}
-			if it, ok := v.ByUUID(ClassSR, rec.UUID); ok && it.Ref != r.Ref {
+			it, ok := v.ByUUID(ClassSR, rec.UUID)
+			if !ok {
+				continue
+			}
+			if err := assertShared(v, host, it); err != nil {
+				return err
+			}
+			if it.Ref != r.Ref {
 				known[r.Ref] = it.Ref
 			}
 		}
@@ -316,42 +355,98 @@ func (p *Pool) knownSRs(inv Inventory) (known map[xapi.Ref]xapi.Ref, out Invento
 	return known, out, nil
 }
 
+// assertShared refuses an SR that is another host's.
+func assertShared(v *store.View, host xapi.Ref, it store.Item) error {
+	var rec SR
+	if err := it.Decode(&rec); err != nil || rec.Shared {
+		return err
+	}
+	for _, ref := range v.Refs(ClassPBD, "SR", string(it.Ref)) {
+		link, err := store.Get[PBD](v, ClassPBD, ref)
+		if err != nil {
+			return err
+		}
+		if link.Host != host {
+			return xapi.NewError(xapi.OperationNotAllowed, fmt.Sprintf(
+				"the pool has SR %s (%s) on another host, and it is not shared: say so with SR.set_shared where it is, else forget it on one of them", rec.NameLabel, rec.UUID))
+		}
+	}
+	return nil
+}
+
 // mergePatches introduces the patches that a new member brings, one by one. A
 // patch that the pool knows stays as it is, but gets an image where it has none.
-func (p *Pool) mergePatches(ctx context.Context, patches map[xapi.Ref]Patch) (fresh []PatchName, err error) {
-	for ref, rec := range patches {
-		if !rec.UUID.Valid() || !ref.Valid() {
-			return nil, xapi.NewError(xapi.InvalidValue, "patches", fmt.Sprintf("%.64q", rec.UUID))
-		}
+// An image is one that lies with the host, or has a block map and lies in an SR that
+// the host is linked to.
+func (p *Pool) mergePatches(ctx context.Context, host xapi.Ref, patches map[xapi.Ref]Patch) (fresh []PatchName, err error) {
+	for ref, said := range patches {
 		isNew := false
-		err := p.Store.Update(ctx, func(tx *store.Tx) error {
-			isNew = false
-			if !tx.Has(ClassVDI, rec.VDI) {
-				rec.VDI = xapi.NullRef
-			}
-			known, ok := tx.ByUUID(ClassPatch, rec.UUID)
-			if !ok {
-				isNew = true
-				rec.PoolApplied, rec.OtherConfig, rec.Filename = false, notNil(rec.OtherConfig), ""
-				tx.Put(ClassPatch, ref, rec)
-				return nil
-			}
-			old, err := store.Read[Patch](tx, ClassPatch, known)
-			if err != nil || rec.VDI.IsNull() || tx.Has(ClassVDI, old.VDI) || old.Digest != "" && old.Digest != rec.Digest {
-				return err
-			}
-			rec.PoolApplied, rec.OtherConfig, rec.Filename = old.PoolApplied, old.OtherConfig, old.Filename
-			tx.Put(ClassPatch, known, rec)
-			return nil
+		err := p.Store.Update(ctx, func(tx *store.Tx) (err error) {
+			isNew, err = p.mergePatch(tx, host, ref, said)
+			return err
 		})
 		if err != nil {
 			return nil, err
 		}
 		if isNew {
-			fresh = append(fresh, PatchName{rec.UUID, rec.NameLabel, rec.Version})
+			fresh = append(fresh, PatchName{said.UUID, said.NameLabel, said.Version})
 		}
 	}
 	return fresh, nil
+}
+
+func (p *Pool) mergePatch(tx *store.Tx, host, ref xapi.Ref, rec Patch) (isNew bool, err error) {
+	brings, err := p.brings(tx, host, rec.VDI)
+	if err != nil {
+		return false, err
+	}
+	if !brings {
+		rec.VDI = xapi.NullRef
+	}
+	rec.PoolApplied, rec.OtherConfig, rec.Filename, rec.Unconfirmed = false, notNil(rec.OtherConfig), "", nil
+	known, ok := tx.ByUUID(ClassPatch, rec.UUID)
+	if !ok {
+		if tx.Has(ClassPatch, ref) {
+			ref = xapi.NewRef() // it is another patch's here
+		}
+		tx.Put(ClassPatch, ref, rec)
+		return true, nil
+	}
+	old, err := store.Read[Patch](tx, ClassPatch, known)
+	same := old.Digest == rec.Digest || old.Digest == "" && old.InfoXML == rec.InfoXML
+	if err != nil || !brings || !same || tx.Has(ClassVDI, old.VDI) {
+		return false, err
+	}
+	if old.Digest != "" {
+		old.VDI = rec.VDI
+		tx.Put(ClassPatch, known, old)
+		return false, nil
+	}
+	rec.NameLabel, rec.NameDescription, rec.OtherConfig = old.NameLabel, old.NameDescription, old.OtherConfig
+	rec.PoolApplied, rec.Filename, rec.Unconfirmed = old.PoolApplied, old.Filename, old.Unconfirmed
+	tx.Put(ClassPatch, known, rec)
+	return false, nil
+}
+
+// brings tells whether a VDI may be the image of a patch that a host brings.
+func (p *Pool) brings(tx *store.Tx, host, ref xapi.Ref) (bool, error) {
+	if !tx.Has(ClassVDI, ref) {
+		return false, nil
+	}
+	rec, err := store.Read[VDI](tx, ClassVDI, ref)
+	if err != nil {
+		return false, err
+	}
+	for _, link := range tx.Refs(ClassPBD, "SR", string(rec.SR)) {
+		pbd, err := store.Read[PBD](tx, ClassPBD, link)
+		if err != nil {
+			return false, err
+		}
+		if pbd.Host == host && rec.Map != "" {
+			return true, nil
+		}
+	}
+	return p.worksOn(tx, host, rec.SR)
 }
 
 // describe fills in what a new member is told of the pool.

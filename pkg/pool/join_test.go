@@ -196,6 +196,7 @@ func TestAMemberTellsOnlyOfItsOwn(t *testing.T) {
 		t.Error("a member has changed what is not its own")
 	}
 	// With a link of its own to an SR that the coordinator has plugged it has no say either.
+	r.must(r.SRSetShared(t.Context(), local, true))
 	own := record(t, ClassPBD, xapi.NewRef(), PBD{UUID: xapi.NewUUID(), Host: m.Self, SR: local, CurrentlyAttached: true})
 	r.must(r.TakeInventory(t.Context(), m.Self, Inventory{Put: append([]InventoryRecord{own}, inv.Put...), Gone: inv.Gone}))
 	if got := get[VDI](r, ClassVDI, golden); got.Map != before.Map || r.count(ClassPBD) != rev+1 {

@@ -96,6 +96,24 @@ func (p *Pool) removeFile(name string) error {
 	return fault.Point("pool.file.remove.done")
 }
 
+// AssertWorksWith refuses a host that has no open job about a patch. Code:
+// OPERATION_NOT_ALLOWED.
+func (p *Pool) AssertWorksWith(host xapi.Ref, patch xapi.UUID) error {
+	return p.Store.View(func(v *store.View) error {
+		it, _ := v.ByUUID(ClassPatch, patch)
+		for _, ref := range v.Refs(ClassJob, "host", string(host)) {
+			job, err := store.Get[Job](v, ClassJob, ref)
+			if err != nil {
+				return err
+			}
+			if job.State != JobDone && job.Patch == it.Ref && it.Ref != "" {
+				return nil
+			}
+		}
+		return xapi.NewError(xapi.OperationNotAllowed, fmt.Sprintf("no job of this host is about patch %.64q", patch))
+	})
+}
+
 // PatchFile opens the classic file of a patch, as it was signed, and tells its
 // size in bytes. Codes: UUID_INVALID, CANNOT_FIND_PATCH when the patch has no
 // file or it is gone.

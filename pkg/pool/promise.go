@@ -4,6 +4,7 @@ import (
 	"context"
 	"math"
 	"slices"
+	"strconv"
 
 	"github.com/patchd/patchd/pkg/sr"
 	"github.com/patchd/patchd/pkg/store"
@@ -34,6 +35,9 @@ type Promise struct {
 // TASK_CANCELLED, OTHER_OPERATION_IN_PROGRESS when the job is not queued, those
 // of Repository.
 func (p *Pool) JobPromise(ctx context.Context, ref xapi.Ref, want Promise) (found int64, err error) {
+	if want.Room < 0 || want.Free < 0 {
+		return 0, xapi.NewError(xapi.InvalidValue, "room", strconv.FormatInt(min(want.Room, want.Free), 10))
+	}
 	taken, free, err := p.lookAtRoom(ctx, want)
 	if err != nil {
 		return 0, err

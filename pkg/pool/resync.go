@@ -2,6 +2,7 @@ package pool
 
 import (
 	"context"
+	"fmt"
 	"time"
 
 	"github.com/patchd/patchd/pkg/store"
@@ -22,14 +23,23 @@ type Stamp struct {
 // makes one with the stamp's time, a host_patch that claims to be applied and
 // has no stamp goes. An apply in progress is left alone: its job decides.
 //
-// It is given all stamps of the host.
+// It is given all stamps of the host. Of a patch that is not known only what its
+// stampfile says is taken. Code: INVALID_VALUE.
 func (p *Pool) Resync(ctx context.Context, host xapi.Ref, stamps []Stamp) error {
+	if len(stamps) > maxStamps {
+		return xapi.NewError(xapi.InvalidValue, "stampfiles", fmt.Sprintf("more than %d", maxStamps))
+	}
 	seen := map[xapi.UUID]bool{}
 	for _, s := range stamps {
 		seen[s.Patch.UUID] = true
 		if s.Garbled {
 			continue
 		}
+		said, err := s.said()
+		if err != nil {
+			return err
+		}
+		s.Patch = said
 		if err := p.resyncStamp(ctx, host, s); err != nil {
 			return err
 		}
@@ -43,10 +53,8 @@ func (p *Pool) resyncStamp(ctx context.Context, host xapi.Ref, s Stamp) error {
 		var known bool
 		patch, known = tx.ByUUID(ClassPatch, s.Patch.UUID)
 		if !known {
-			rec := s.Patch
-			rec.VDI, rec.Size, rec.OtherConfig = xapi.NullRef, 0, map[string]string{}
 			patch = xapi.NewRef()
-			tx.Put(ClassPatch, patch, rec)
+			tx.Put(ClassPatch, patch, s.Patch)
 		}
 		for _, ref := range hostPatchesOf(tx, patch, host) {
 			var hp HostPatch

@@ -156,6 +156,35 @@ func (p *Pool) VDIDamaged(ctx context.Context, ref xapi.Ref, text string) error 
 	return p.noteReport(ctx, rec, VerifyReport{VDI: ref, Damage: text}, "")
 }
 
+// DamageSaid takes it from another host that an image is damaged. It is believed of
+// what that host works on. Any other image is looked at by the host that has it: the
+// word of one host must not take an image from all. Code: HANDLE_INVALID.
+func (p *Pool) DamageSaid(ctx context.Context, host, ref xapi.Ref, text string) error {
+	rec, err := p.vdi(ref)
+	if err != nil || rec.Map == "" || rec.Damage != "" {
+		return err
+	}
+	believed := false
+	err = p.Store.Update(ctx, func(tx *store.Tx) (err error) {
+		believed, err = p.worksOn(tx, host, rec.SR)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if believed {
+		return p.VDIDamaged(ctx, ref, text)
+	}
+	p.Log.WithField("VDI", rec.UUID).WithField("host", host).WithField("damage", text).Warn("a host says that an image is damaged; it is looked at")
+	if other, yes := p.elsewhere(rec.SR); yes {
+		return p.leaveCall(ctx, other, "VDIVerify", ref)
+	}
+	return p.changeVDI(ctx, ref, func(rec *VDI) { rec.Checked = longAgo }) // Scrub takes it next
+}
+
+// longAgo is when an image was checked that is to be checked at once.
+var longAgo = time.Unix(1, 0).UTC()
+
 // noteReport writes what was found into the record of rec, which was looked at,
 // and keeps the messages about it in step: one for a damage, as long as it
 // stands. mended names the message that follows a damage which is gone; "": none.

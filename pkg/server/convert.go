@@ -31,6 +31,10 @@ func (s *Server) settleRole(ctx context.Context) (*membership, error) {
 		if err := s.pool.LeavePool(ctx); err != nil {
 			return nil, fmt.Errorf("leave the pool: %w", err)
 		}
+		// The pool that was left lets nobody in with the old key, ever.
+		if _, err := s.RotateKey(ctx); err != nil {
+			return nil, fmt.Errorf("give this host another key: %w", err)
+		}
 		s.log.WithField("pool", m.Answer.Pool).Info("this host has left its pool and is one of its own")
 		return nil, s.state.endMembership()
 	}

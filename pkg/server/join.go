@@ -33,6 +33,8 @@ const (
 	maxJoin = 64 << 20
 	// joinTime bounds the request.
 	joinTime = 2 * time.Minute
+	// joinsAtOnce is how many requests are read at once.
+	joinsAtOnce = 2
 	// tlsPort is where a patchd is that nothing else is said of.
 	tlsPort = "8443"
 )
@@ -203,6 +205,8 @@ func (s *Server) askToJoin(ctx context.Context, base, pin string, req pool.JoinR
 	if err != nil {
 		return a, err
 	}
+	setCredentials(r, req)
+	r.Header.Set("Expect", "100-continue") // what is refused need not be sent
 	res, err := client.Do(r)
 	switch {
 	case errors.Is(err, trust.ErrUntrusted) && pin == "":
@@ -225,6 +229,28 @@ func (s *Server) askToJoin(ctx context.Context, base, pin string, req pool.JoinR
 		return a, fmt.Errorf("the answer of %s: %w", base, err)
 	}
 	return a, nil
+}
+
+// setCredentials puts those of a JoinRequest into the header.
+func setCredentials(r *http.Request, q pool.JoinRequest) {
+	if q.Token != "" {
+		r.Header.Set("Authorization", bearer+string(q.Token)+"."+q.Secret)
+		return
+	}
+	r.SetBasicAuth(q.User, q.Password)
+}
+
+const bearer = "Bearer "
+
+// credentials takes them out of it.
+func credentials(r *http.Request) (q pool.JoinRequest) {
+	if token, ok := strings.CutPrefix(r.Header.Get("Authorization"), bearer); ok {
+		id, secret, _ := strings.Cut(token, ".")
+		q.Token, q.Secret = xapi.UUID(id), secret
+		return q
+	}
+	q.User, q.Password, _ = r.BasicAuth()
+	return q
 }
 
 // problem is an error as it goes over the wire between hosts.
@@ -252,7 +278,8 @@ func refusal(base string, status int, b []byte) error {
 }
 
 // serveJoin takes a host in: POST /patchd/join by a host, whose key is that of
-// its connection. 400 for what cannot be read, 401, 403, 409, 421 when another
+// its connection. A header has the credentials, so a stranger is refused before
+// anything of the body is read. 400 for what cannot be read, 401, 403, 409, 421 when another
 // host leads.
 func (s *Server) serveJoin(w http.ResponseWriter, r *http.Request) {
 	a, err := s.admit(w, r)
@@ -300,16 +327,18 @@ func (s *Server) admit(w http.ResponseWriter, r *http.Request) (a pool.JoinAnswe
 		}
 		return a, xapi.NewError(xapi.HostIsSlave, address)
 	}
-	var req pool.JoinRequest
-	http.NewResponseController(w).SetReadDeadline(time.Now().Add(joinTime)) //nolint:errcheck // it is a limit, not needed
-	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxJoin)).Decode(&req); err != nil {
-		return a, xapi.NewError(xapi.InvalidValue, "request", "cannot be read").Because(err)
-	}
+	req := credentials(r)
 	byUser := req.Token == ""
 	if byUser {
-		if err := s.checkAdmin(r, req.User, req.Password); err != nil {
-			return a, err
-		}
+		err = s.checkAdmin(r, req.User, req.Password)
+	} else {
+		err = s.pool.CheckJoinToken(req.Token, req.Secret)
+	}
+	if err != nil {
+		return a, err
+	}
+	if err := s.readJoin(w, r, &req); err != nil {
+		return a, err
 	}
 	ctx := context.WithoutCancel(r.Context()) // what was begun is done, whether or not they wait
 	if a, err = s.pool.Admit(ctx, req, trust.PeerKey(*r.TLS), byUser); err != nil {
@@ -320,6 +349,24 @@ func (s *Server) admit(w http.ResponseWriter, r *http.Request) (a pool.JoinAnswe
 	}
 	a.Keys, err = s.signingKeys()
 	return a, err
+}
+
+// readJoin reads what a host says that has shown its credentials. Codes:
+// INVALID_VALUE, OTHER_OPERATION_IN_PROGRESS while others are read.
+func (s *Server) readJoin(w http.ResponseWriter, r *http.Request, into *pool.JoinRequest) error {
+	ctx, cancel := context.WithTimeout(r.Context(), joinTime)
+	defer cancel()
+	select {
+	case s.joins <- struct{}{}:
+		defer func() { <-s.joins }()
+	case <-ctx.Done():
+		return xapi.NewError(xapi.OtherOperationInProgress, pool.ClassPool, string(s.pool.PoolUUID), "other hosts are joining: try again")
+	}
+	http.NewResponseController(w).SetReadDeadline(time.Now().Add(joinTime)) //nolint:errcheck // it is a limit, not needed
+	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxJoin)).Decode(into); err != nil {
+		return xapi.NewError(xapi.InvalidValue, "request", "cannot be read").Because(err)
+	}
+	return nil
 }
 
 // checkAdmin is nil when user and password are those of an admin.

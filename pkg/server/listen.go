@@ -207,7 +207,7 @@ func (l *listeners) serve(ln net.Listener, connContext func(context.Context, net
 	l.wg.Add(1)
 	go func() {
 		defer l.wg.Done()
-		if err := s.Serve(ln); err != nil && !errors.Is(err, http.ErrServerClosed) {
+		if err := s.Serve(ln); err != nil && !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
 			l.log.WithError(err).WithField("address", ln.Addr()).Error("a listener ended")
 		}
 	}()

@@ -87,10 +87,16 @@ func fromHost(r *http.Request, _ *mux.RouteMatch) bool {
 	return r.TLS != nil && r.TLS.NegotiatedProtocol == trust.Protocol
 }
 
-// sendPatchFile gives a host of the pool the classic file of a patch. 404 when it
-// is gone.
-func (s *Server) sendPatchFile(w http.ResponseWriter, r *http.Request, _ xapi.Ref) {
-	f, _, err := s.pool.PatchFile(xapi.UUID(r.URL.Query().Get("uuid")))
+// sendPatchFile gives a host of the pool the classic file of a patch that a job of it
+// is about. 404 when it is gone, 403 when there is no such job.
+func (s *Server) sendPatchFile(w http.ResponseWriter, r *http.Request, host xapi.Ref) {
+	id := xapi.UUID(r.URL.Query().Get("uuid"))
+	if err := s.pool.AssertWorksWith(host, id); err != nil {
+		s.log.WithError(err).WithField("host", host).Warn("a host asked for what it may not have")
+		http.Error(w, xapi.AsError(err).Code, http.StatusForbidden)
+		return
+	}
+	f, _, err := s.pool.PatchFile(id)
 	if err != nil {
 		http.Error(w, xapi.AsError(err).Code, http.StatusNotFound)
 		return

@@ -65,6 +65,7 @@ type Server struct {
 	node     *peer.Node
 	hub      *link.Hub               // of the coordinator, while it leads
 	joining  atomic.Bool             // this host has asked another pool to take it in
+	joins    chan struct{}           // holds one for each request to join that is read
 	reopen   context.CancelCauseFunc // ends Run; set by it
 	lent     bool                    // the state directory's lock is Serve's
 	// FirstPassword is root's password when this start has generated it.
@@ -129,7 +130,7 @@ func serveOnce(ctx context.Context, c Config, o Options, ready func(*Server)) er
 // HOST_STILL_BOOTING until Run has repaired what was left. On failure nothing
 // stays behind. Close ends it.
 func Open(ctx context.Context, c Config, o Options) (_ *Server, err error) {
-	s := &Server{config: c, log: o.Log, version: o.Version, runner: o.Runner}
+	s := &Server{joins: make(chan struct{}, joinsAtOnce), config: c, log: o.Log, version: o.Version, runner: o.Runner}
 	if len(s.runner) == 0 {
 		exe, err := os.Executable()
 		if err != nil {
