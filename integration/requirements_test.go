@@ -57,6 +57,17 @@ func TestRequirements(t *testing.T) {
 			}
 		}
 	}
+	pools := regexp.MustCompile(`(?m)^\| (C\d+) \| .+ \| (.+) \|$`).FindAllStringSubmatch(string(doc), -1)
+	if len(pools) != 11 {
+		t.Errorf("%d rows of pools", len(pools))
+	}
+	for _, row := range pools {
+		for _, name := range regexp.MustCompile("`(Test[A-Za-z0-9_]+)`").FindAllStringSubmatch(row[2], -1) {
+			if _, ok := tests[name[1]]; !ok {
+				t.Errorf("row %s names %s, which is no test", row[1], name[1])
+			}
+		}
+	}
 	_, differs, _ := strings.Cut(string(doc), "## What differs from the proposal")
 	if strings.Count(differs, "\n- **") < 5 {
 		t.Error("what differs from the proposal is not told")
