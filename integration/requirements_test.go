@@ -57,14 +57,17 @@ func TestRequirements(t *testing.T) {
 			}
 		}
 	}
-	pools := regexp.MustCompile(`(?m)^\| (C\d+) \| .+ \| (.+) \|$`).FindAllStringSubmatch(string(doc), -1)
-	if len(pools) != 11 {
-		t.Errorf("%d rows of pools", len(pools))
+	pool := regexp.MustCompile(`(?m)^\| C(\d+) \| .+ \| (.+) \|$`).FindAllStringSubmatch(string(doc), -1)
+	if len(pool) != 11 {
+		t.Errorf("%d rows of the pool", len(pool))
 	}
-	for _, row := range pools {
+	for i, row := range pool {
+		if row[1] != fmt.Sprint(i+1) {
+			t.Errorf("row C%s stands where C%d should", row[1], i+1)
+		}
 		for _, name := range regexp.MustCompile("`(Test[A-Za-z0-9_]+)`").FindAllStringSubmatch(row[2], -1) {
 			if _, ok := tests[name[1]]; !ok {
-				t.Errorf("row %s names %s, which is no test", row[1], name[1])
+				t.Errorf("row C%s names %s, which is no test", row[1], name[1])
 			}
 		}
 	}
