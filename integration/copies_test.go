@@ -2,12 +2,14 @@ package integration
 
 import (
 	"bytes"
+	"fmt"
 	"io"
 	"net/http"
 	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -288,5 +290,37 @@ func reads(t *testing.T, s *lab.Session, uuid string, payload []byte) {
 	}
 	if status, body := get(s, "/vdi_block_map", url.Values{"vdi": {uuid}}); status != http.StatusOK || !bytes.Equal(body, want.Bytes()) {
 		t.Errorf("the block map is of another image: %d, %d bytes", status, len(body))
+	}
+}
+
+// A host that is elected while it fetches an image goes on with that when whoever
+// has the image is there again.
+func TestC4_WhoIsElectedGoesOnFetching(t *testing.T) {
+	t.Parallel()
+	c := startCoordinators(t, 2, lab.Options{Flags: []string{"--copies", "1"}})
+	leader, s, _ := c.leader()
+	standby := c.others(leader)[0]
+	p := &lab.Patch{Pad: 256 << 20, Precheck: "echo looked at"}
+	patch := s.MustUpload(p)
+	task := s.Call("Async.pool_patch.precheck", patch, hostAt(s, standby)).(string)
+	until(t, "the image to be on its way", func() bool {
+		parts, _ := filepath.Glob(filepath.Join(standby.StateDir, "sr", "part.*"))
+		for _, name := range parts {
+			if st, err := os.Stat(name); err == nil && st.Sys().(*syscall.Stat_t).Blocks > 0 {
+				return true
+			}
+		}
+		return false
+	})
+	leader.Kill()
+	c.hosts = []*lab.Host{standby}
+	second, _, _ := c.leader()
+	leader.Launch()
+	s = &lab.Session{H: second, Ref: s.Ref}
+	if rec := s.Wait(task); rec["status"] != "success" || !strings.Contains(fmt.Sprint(rec["result"]), "looked at") {
+		t.Errorf("the task ended as %v %v %v", rec["status"], rec["result"], rec["error_info"])
+	}
+	if err := leader.Ready(30 * time.Second); err != nil {
+		t.Error(err)
 	}
 }

@@ -306,6 +306,16 @@ func (c *Client) once(ctx context.Context, method string, params, result any) er
 	}
 }
 
+// Ended tells whether Run has ended: there will be no link any more.
+func (c *Client) Ended() bool {
+	select {
+	case <-c.ended:
+		return true
+	default:
+		return false
+	}
+}
+
 // Ready waits for the first orders: until then Jobs fails.
 func (c *Client) Ready(ctx context.Context) error { return c.WaitChange(ctx, 0) }
 

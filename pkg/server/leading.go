@@ -50,6 +50,7 @@ func (s *Server) serveLeading(ctx context.Context, serving func()) error {
 	defer s.cli.Close()
 	defer s.tasks.Stop() // before those
 	s.leads.Store(s.leader)
+	close(s.leading)
 	s.ways.setHandler(handler)
 	s.log.WithField("term", s.leader.Revision).Info("this host leads the pool")
 	var hosts sync.WaitGroup

@@ -158,13 +158,7 @@ func (p *peers) bad(ctx context.Context, from peer.Source, digest string, block 
 
 // sources asks the coordinator, which may be this host, who has blocks.
 func (p *peers) sources(ctx context.Context, digest string, fetching bool) (out []peer.Source, ticket []byte, err error) {
-	s := p.server
-	var from pool.Sources
-	if s.link == nil || s.leads.Load() != nil {
-		from, err = s.pool.Sources(ctx, s.pool.Self, digest, fetching)
-	} else {
-		from, err = s.link.Sources(ctx, digest, fetching)
-	}
+	from, err := p.ask(ctx, digest, fetching)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -172,6 +166,24 @@ func (p *peers) sources(ctx context.Context, digest string, fetching bool) (out 
 		out = append(out, peer.Source{Host: h.Host, Name: h.Name, URL: h.URL, Keys: h.Keys, Partial: h.Partial, Reserved: h.Reserved})
 	}
 	return out, from.Ticket, nil
+}
+
+// ask asks whoever leads. The link of a host that is elected ends before it leads:
+// what is under way then asks this host itself, as soon as it does.
+func (p *peers) ask(ctx context.Context, digest string, fetching bool) (pool.Sources, error) {
+	s := p.server
+	if s.link != nil && s.leads.Load() == nil {
+		from, err := s.link.Sources(ctx, digest, fetching)
+		if err == nil || s.member != nil || !s.link.Ended() {
+			return from, err
+		}
+		select {
+		case <-s.leading:
+		case <-ctx.Done():
+			return from, errors.Join(context.Cause(ctx), err)
+		}
+	}
+	return s.pool.Sources(ctx, s.pool.Self, digest, fetching)
 }
 
 // FetchMap gets a block map from whoever has it.

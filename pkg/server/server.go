@@ -46,6 +46,7 @@ type Server struct {
 	store    *store.Store
 	leader   *store.Leadership                // of the goroutine that plays the roles
 	leads    atomic.Pointer[store.Leadership] // once it answers for the pool
+	leading  chan struct{}                    // closed then
 	pool     *pool.Pool
 	tasks    *task.Manager
 	sessions *session.Manager
@@ -130,7 +131,7 @@ func serveOnce(ctx context.Context, c Config, o Options, ready func(*Server)) er
 // HOST_STILL_BOOTING until Run has repaired what was left. On failure nothing
 // stays behind. Close ends it.
 func Open(ctx context.Context, c Config, o Options) (_ *Server, err error) {
-	s := &Server{joins: make(chan struct{}, joinsAtOnce), config: c, log: o.Log, version: o.Version, runner: o.Runner}
+	s := &Server{leading: make(chan struct{}), joins: make(chan struct{}, joinsAtOnce), config: c, log: o.Log, version: o.Version, runner: o.Runner}
 	if len(s.runner) == 0 {
 		exe, err := os.Executable()
 		if err != nil {
