@@ -18,6 +18,9 @@ import (
 // inventoryPause gathers changes of the storage before they are told.
 const inventoryPause = 50 * time.Millisecond
 
+// maxInventoryPause lies at most between two tries to tell what is refused.
+const maxInventoryPause = time.Minute
+
 // sender tells the coordinator of an inventory; *link.Client is one.
 type sender interface {
 	Inventory(ctx context.Context, inv pool.Inventory) error
@@ -59,27 +62,32 @@ func (i *inventory) state() (acked *pool.Inventory, told int64, next chan struct
 
 // run tells of changes until ctx ends.
 func (i *inventory) run(ctx context.Context) {
+	var pause time.Duration
 	for ctx.Err() == nil {
 		err := i.tell(ctx)
+		if pause = min(2*pause, maxInventoryPause); err == nil {
+			pause = inventoryPause
+		} else if pause < time.Second {
+			pause = time.Second
+		}
 		if err != nil && ctx.Err() == nil {
 			i.log.WithError(err).Warn("the coordinator could not be told of this host's storage; it is tried again")
 		}
-		if !i.wait(ctx, err != nil) {
+		if !i.wait(ctx, pause) {
 			return
 		}
 	}
 }
 
-// wait blocks until there may be something to tell.
-func (i *inventory) wait(ctx context.Context, failed bool) bool {
-	pause := inventoryPause
-	if failed {
-		pause = time.Second
-	}
+// wait blocks until pause is over or the connection is new, and then until there may
+// be something to tell.
+func (i *inventory) wait(ctx context.Context, pause time.Duration) bool {
+	_, _, fresh := i.state()
 	select {
 	case <-ctx.Done():
 		return false
 	case <-time.After(pause):
+	case <-fresh:
 	}
 	_, told, next := i.state()
 	changed, cancel := context.WithCancel(ctx)
