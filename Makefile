@@ -8,7 +8,7 @@ FUZZTIME ?= 60s
 
 NAME ?= last
 
-.PHONY: build demo demo-pool test test-vm lint bench bench-compare fuzz soak deps clean
+.PHONY: build demo demo-pool test test-vm lint bench bench-pool bench-compare fuzz soak deps clean
 
 build: ## a static bin/patchd
 	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/patchd ./cmd/patchd
@@ -36,6 +36,10 @@ lint: ## gofmt, vet, staticcheck
 
 bench: deps ## the measured targets, as ratios to a baseline in the same run: make bench NAME=mine ONLY='put|copy'
 	scripts/bench.sh '$(NAME)' '$(ONLY)'
+
+bench-pool: ## the same for many hosts: make bench-pool ONLY='apply|failover'
+	scripts/deps.sh bench
+	scripts/bench.sh '$(NAME)-pool' '$(ONLY)' TestBenchPool
 
 bench-compare: ## two named runs of the benchmarks: make bench-compare OLD=one NEW=other
 	go tool benchstat bench-results/$(OLD).txt bench-results/$(NEW).txt

@@ -57,6 +57,20 @@ func TestRequirements(t *testing.T) {
 			}
 		}
 	}
+	pool := regexp.MustCompile(`(?m)^\| C(\d+) \| .+ \| (.+) \|$`).FindAllStringSubmatch(string(doc), -1)
+	if len(pool) != 11 {
+		t.Errorf("%d rows of the pool", len(pool))
+	}
+	for i, row := range pool {
+		if row[1] != fmt.Sprint(i+1) {
+			t.Errorf("row C%s stands where C%d should", row[1], i+1)
+		}
+		for _, name := range regexp.MustCompile("`(Test[A-Za-z0-9_]+)`").FindAllStringSubmatch(row[2], -1) {
+			if _, ok := tests[name[1]]; !ok {
+				t.Errorf("row C%s names %s, which is no test", row[1], name[1])
+			}
+		}
+	}
 	_, differs, _ := strings.Cut(string(doc), "## What differs from the proposal")
 	if strings.Count(differs, "\n- **") < 5 {
 		t.Error("what differs from the proposal is not told")

@@ -105,6 +105,7 @@ func (s *poolSoaker) round(t *testing.T, name string, r *rand.Rand) {
 	}
 	s.healed()
 	s.finishRun(t, w, run)
+	s.AllConnected()
 	s.CheckTruth()
 	leader = s.Leader()
 	everywhere(t, leader, w, s.once(w)...)

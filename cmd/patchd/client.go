@@ -157,6 +157,9 @@ func (g *global) loginSocket(ctx context.Context, c *client) (*client, error) {
 	err := c.again(ctx)
 	var unreachable unreachableError
 	if errors.As(err, &unreachable) {
+		if errors.Is(err, errStarting) {
+			return nil, unreachableError{fmt.Errorf("the patchd at %s is still starting: try again in a moment; `GET /healthz` and its log tell how far it is", g.socket())}
+		}
 		cure := "start it with `patchd serve`, or name another with --server or --state-dir"
 		if errors.Is(err, fs.ErrPermission) {
 			cure = "only root may use the socket; others log in with --server and --user"
@@ -268,6 +271,9 @@ func (c *client) call(ctx context.Context, into any, method string, params ...an
 	return c.rpc(ctx, into, method, append([]any{c.session}, params...)...)
 }
 
+// errStarting is what a daemon answers that repairs what an earlier one left.
+var errStarting = errors.New("patchd is still starting")
+
 // maxAnswer bounds what is read of one answer, in bytes.
 const maxAnswer = 256 << 20
 
@@ -294,7 +300,7 @@ func (c *client) rpc(ctx context.Context, into any, method string, params ...any
 		return unreachableError{err}
 	}
 	if res.StatusCode == http.StatusServiceUnavailable {
-		return unreachableError{errors.New("patchd is still starting")}
+		return unreachableError{errStarting}
 	}
 	if res.StatusCode != http.StatusOK {
 		return fmt.Errorf("the server answers %s to %s", res.Status, method)
@@ -326,10 +332,27 @@ func decodeAnswer(b []byte, into any) error {
 func (g *global) with(ctx context.Context, f func(ctx context.Context, c *client) error) error {
 	c, err := g.connect(ctx)
 	if err != nil {
-		return explain(ctx, nil, err)
+		return explain(ctx, nil, g.leaderHint(ctx, err))
 	}
 	defer c.close()
 	return explain(ctx, c, f(ctx, c))
+}
+
+// leaderHint adds to HOST_IS_SLAVE how the coordinator is reached from here.
+func (g *global) leaderHint(ctx context.Context, err error) error {
+	var e *xapi.Error
+	if !errors.As(err, &e) || e.Code != xapi.HostIsSlave || len(e.Params) == 0 {
+		return err
+	}
+	role, rerr := g.role(ctx)
+	if rerr != nil || role["coordinator_url"] == "" {
+		return err // the address alone has to do
+	}
+	hint := ", as with --server " + role["coordinator_url"]
+	if role["coordinator_pin"] != "" {
+		hint += " --pin " + role["coordinator_pin"]
+	}
+	return xapi.NewError(e.Code, e.Params[0]+hint)
 }
 
 // record is one object as it came over the wire.

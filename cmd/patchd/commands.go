@@ -75,6 +75,14 @@ func (g *global) complete(class string) cobra.CompletionFunc {
 	}
 }
 
+// completeHostPatch offers the uuids of hosts, then of patches, as in why HOST PATCH.
+func (g *global) completeHostPatch(cmd *cobra.Command, args []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
+	if g.fromEnv() != nil || len(args) > 1 || g.server != "" {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	return g.names(cmd.Context(), []string{"host", "pool_patch"}[len(args)])
+}
+
 // completeFlag offers them as the value of a flag.
 func (g *global) completeFlag(cmd *cobra.Command, flag, class string) {
 	must(cmd.RegisterFlagCompletionFunc(flag, func(cmd *cobra.Command, _ []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {

@@ -16,7 +16,7 @@ import (
 // newWhy prints the chain of reasons.
 func newWhy(g *global) *cobra.Command {
 	return &cobra.Command{
-		Use: "why HOST PATCH", Short: "tell why a host has or lacks a patch", Args: cobra.ExactArgs(2),
+		Use: "why HOST PATCH", Short: "tell why a host has or lacks a patch", Args: cobra.ExactArgs(2), ValidArgsFunction: g.completeHostPatch,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return g.with(cmd.Context(), func(ctx context.Context, c *client) error {
 				host, _, err := c.find(ctx, "host", args[0])
@@ -125,10 +125,11 @@ func levelOf(hosts []record) string {
 func (p *patchCompliance) print(all bool) {
 	n := map[string]int{}
 	var rows [][]string
-	for _, h := range p.Hosts {
+	names := hostLabels(p.Hosts, "name_label")
+	for i, h := range p.Hosts {
 		n[h.text("value")]++
 		if all || p.Level != "all" && p.Level != "none" || h.text("note") != "" {
-			rows = append(rows, []string{h.text("name_label"), h.text("value"), age(h), h.text("note")})
+			rows = append(rows, []string{names[i], h.text("value"), age(h), h.text("note")})
 		}
 	}
 	fmt.Printf("%s (%s): %s; %d yes, %d no, %d unknown, %d exempt\n", p.Name, p.UUID, p.Level,
@@ -151,7 +152,7 @@ func newHostExempt(g *global) *cobra.Command {
 	var reason string
 	var remove bool
 	cmd := &cobra.Command{
-		Use: "exempt HOST PATCH", Short: "say that a host shall not have a patch", Args: cobra.ExactArgs(2),
+		Use: "exempt HOST PATCH", Short: "say that a host shall not have a patch", Args: cobra.ExactArgs(2), ValidArgsFunction: g.completeHostPatch,
 		PreRunE: func(*cobra.Command, []string) error {
 			if remove == (reason != "") {
 				return usagef("say either --reason TEXT or --remove")
@@ -164,16 +165,16 @@ func newHostExempt(g *global) *cobra.Command {
 				if err != nil {
 					return err
 				}
-				patch, _, err := c.find(ctx, "pool_patch", args[1])
+				patch, patchRec, err := c.find(ctx, "pool_patch", args[1])
 				if err != nil {
 					return err
 				}
 				if err := c.call(ctx, nil, "patchd.host_exempt", host, patch, !remove, reason); err != nil {
 					return err
 				}
-				verb := "exempt"
+				verb := "exempt from patch " + (&named{patchRec.text("uuid"), patchRec.text("name_label")}).String()
 				if remove {
-					verb = "no longer exempt"
+					verb = "no longer " + verb
 				}
 				return g.done(verb, "host", rec)
 			})
@@ -187,7 +188,7 @@ func newHostExempt(g *global) *cobra.Command {
 func newHostResync(g *global) *cobra.Command {
 	var every bool
 	cmd := &cobra.Command{
-		Use: "resync [HOST]", Short: "have a host compare its stampfiles with the records", Args: cobra.MaximumNArgs(1),
+		Use: "resync [HOST]", Short: "have a host compare its stampfiles with the records", Args: cobra.MaximumNArgs(1), ValidArgsFunction: g.complete("host"),
 		PreRunE: func(_ *cobra.Command, args []string) error {
 			if every && len(args) > 0 {
 				return usagef("say either HOST or --all")

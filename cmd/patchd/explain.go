@@ -23,10 +23,11 @@ var troubles = []trouble{
 	{xapi.RBACPermissionDenied, "the role of this user does not allow %1", "ask a pool-admin, or have the role changed"},
 	{xapi.ChangePasswordRejected, "the new password is refused: %1", "choose another"},
 	{xapi.HostIsSlave, "this host is not the coordinator", "talk to %1"},
+	{xapi.CannotContactHost, "nobody answers at %1: %2", "see whether patchd runs there, and whether address and port are those of its TLS listener"},
 	{xapi.HostStillBooting, "patchd is starting, and repairs what an earlier process left", "try again in a moment"},
 	{xapi.DefaultSRNotFound, "no storage repository can take the patch: %2", "set one with `patchd sr set-default SR`, or name one with --sr"},
 	{xapi.OutOfSpace, "there is not enough room on %1", "make room there, or name another SR with --sr"},
-	{xapi.InvalidPatch, "the file is not a patch that this pool accepts: its signature does not hold, its key is not trusted, or its `info` makes no sense. %1", "`patchd patch verify FILE` tells more, `patchd key list` shows the trusted keys"},
+	{xapi.InvalidPatch, "the file is not a patch that this host accepts: its signature does not hold, its key is not trusted there, or its `info` makes no sense. %1", "`patchd patch verify FILE` tells more, `patchd key list` on that host shows the keys it trusts, `patchd key trust FILE` there adds some"},
 	{xapi.InvalidPatchWithLog, "the patch could not be asked who it is: %1", "the one who wrote it must build it again"},
 	{xapi.PatchAlreadyExists, "the pool has the patch %1 already", "`patchd patch show` shows it"},
 	{xapi.PatchAlreadyApplied, "the host has the patch already", "nothing is to be done"},
@@ -56,14 +57,14 @@ var troubles = []trouble{
 	{xapi.SRHasPBD, "the storage repository %1 is still linked to a host", "unplug it first (`patchd sr unplug`)"},
 	{xapi.SRHasNoPBDs, "no host is linked to the storage repository %1", "`patchd sr introduce` links one"},
 	{xapi.PBDExists, "the storage repository %1 is linked to the host %2 already", "`patchd sr plug` plugs it"},
-	{xapi.SRNotAttached, "the storage repository %1 is not plugged on this host", "`patchd doctor` tells why"},
+	{xapi.SRNotAttached, "the storage repository %1 is not plugged on this host. %2", "`patchd doctor` tells why; `patchd patch stage` brings the image of a patch to a host"},
 	{xapi.SRDeviceInUse, "the place is taken: %1", "`patchd sr introduce` takes up an SR that is there"},
 	{xapi.SRUnknownDriver, "there is no storage of type %1", "`patchd sr create --help` shows the types"},
 	{xapi.SROperationNotSupported, "storage of this kind cannot do that (%1)", "copy instead of clone"},
 	{xapi.SRBackendFailure, "the storage failed: %2 %3", "the log of the host has the cause"},
 	{xapi.ValueNotSupported, "%1 cannot be %2: %3", ""},
 	{xapi.InvalidValue, "%1 cannot be %2", "correct it"},
-	{xapi.UUIDInvalid, "there is no %1 with the uuid %2", "the list command of that class shows what there is"},
+	{xapi.UUIDInvalid, "there is no %1 with the uuid %2", "`patchd %1 list` shows what there is"},
 	{xapi.HandleInvalid, "there is no %1 %2 any more", "somebody else has removed it"},
 	{xapi.TaskCancelled, "the task was cancelled", "nothing of it is left"},
 	{xapi.HostOffline, "the host %1 does not answer", "see whether its patchd runs"},
@@ -95,6 +96,9 @@ func explain(ctx context.Context, c *client, err error) error {
 	for i, p := range e.Params {
 		params[i] = nameRef(ctx, c, p)
 	}
+	if e.Code == xapi.UUIDInvalid && len(params) > 0 {
+		params[0] = groupOf(params[0])
+	}
 	text := strings.Join(params, "; ")
 	for _, t := range troubles {
 		if t.code == e.Code {
@@ -104,10 +108,12 @@ func explain(ctx context.Context, c *client, err error) error {
 			}
 		}
 	}
-	if e.Code == xapi.SessionAuthenticationFailed && len(params) == 2 && params[0] == "" {
-		text = params[1] // it was a token, and no user
-	}
-	if text == "" {
+	switch {
+	case e.Code == xapi.SessionAuthenticationFailed && len(params) > 1 && params[0] == "":
+		text = params[1] // a join token, which is nobody's password
+	case e.Code == xapi.OtherOperationInProgress && len(params) > 2 && params[0] == "run":
+		text = fill("something else is going on: %3: wait for it (`patchd run list`), or cancel it (`patchd run cancel`)", params)
+	case text == "":
 		text = "refused"
 	}
 	if e.Code == xapi.PrecheckFailedOutOfSpace && e.Unwrap() != nil {

@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 )
@@ -47,13 +48,23 @@ func newPoolJoin(g *global) *cobra.Command {
 					options[name] = "true"
 				}
 			}
-			return g.with(cmd.Context(), func(ctx context.Context, c *client) error {
-				var answer map[string]string
+			if err := g.assertNoMember(cmd.Context()); err != nil {
+				return err
+			}
+			var answer map[string]string
+			err = g.with(cmd.Context(), func(ctx context.Context, c *client) error {
 				if err := c.call(ctx, &answer, "patchd.pool_join", args[0], options); err != nil {
 					return fmt.Errorf("join the pool at %s: %w", args[0], explain(ctx, c, err))
 				}
-				return g.printJoined(answer, trustKeys, align)
+				return nil
 			})
+			if err != nil {
+				return err
+			}
+			if err := g.printJoined(answer, trustKeys, align); err != nil {
+				return err
+			}
+			return g.awaitRole(cmd.Context(), true)
 		},
 	}
 	cmd.Flags().StringVar(&token, "token", "", "what `patchd pool token` printed on the coordinator")
@@ -134,18 +145,60 @@ func (g *global) printJoined(answer map[string]string, trusted, align bool) erro
 			fmt.Println(tail)
 		}
 	}
-	tail := "this host does not accept them: `patchd key trust`, or join with --trust-keys"
+	tail := "this host accepts only what its own keys have signed (`patchd key list`): for a key that it shall accept too, bring its\n" +
+		"file here, such as from trusted-keys in the state directory of the coordinator, and say `patchd key trust FILE`"
 	if trusted {
 		tail = "this host accepts them from now on"
 	}
 	show("the pool accepts patches signed by", j.Keys, tail)
 	show("new to the pool are the patches", j.Patches, "")
-	tail = "apply them on the coordinator, or join with --align"
+	tail = "on the coordinator `patchd patch pool-apply` applies them; --align would have done so"
 	if align {
 		tail = "the pool applies them now"
 	}
 	show("other hosts have and this one lacks", j.Lacks, tail)
 	return nil
+}
+
+// assertNoMember refuses to have a member join: it has no records of its own to
+// bring along.
+func (g *global) assertNoMember(ctx context.Context) error {
+	role, err := g.role(ctx)
+	if err != nil || role["role"] != "member" {
+		return nil // who does not answer is told of when the command logs in
+	}
+	return fmt.Errorf("this host is a member of pool %s already: eject it there (`patchd pool eject %s`), or say `patchd pool leave` here, and join then (OPERATION_NOT_ALLOWED)",
+		role["pool"], role["host"])
+}
+
+// role asks the daemon what it is, without a login.
+func (g *global) role(ctx context.Context) (role map[string]string, err error) {
+	c, err := g.reach()
+	if err != nil {
+		return nil, err
+	}
+	return role, c.rpc(ctx, &role, "patchd.role")
+}
+
+// roleTime bounds how long a daemon may take to open in its new role.
+const roleTime = 60 * time.Second
+
+// awaitRole waits until the daemon has opened again as a member, or as none. The
+// change itself is done and durable by then.
+func (g *global) awaitRole(ctx context.Context, member bool) error {
+	ctx, cancel := context.WithTimeout(ctx, roleTime)
+	defer cancel()
+	for {
+		role, err := g.role(ctx)
+		if err == nil && (role["role"] == "member") == member {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("the daemon of this host has not opened again in its new role yet: `patchd status` tells when it has, its log why not")
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
 }
 
 func newPoolEject(g *global) *cobra.Command {
@@ -207,7 +260,10 @@ func newPoolLeave(g *global) *cobra.Command {
 			if err := g.tellThisHost(cmd.Context(), nil, "patchd.pool_leave"); err != nil {
 				return err
 			}
-			return g.printText("left", "this host is a pool of its own")
+			if err := g.awaitRole(cmd.Context(), false); err != nil {
+				return err
+			}
+			return g.printText("left", "this host is a pool of its own; where its old pool is still there, `patchd pool eject` removes it from the records")
 		},
 	}
 }

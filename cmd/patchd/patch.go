@@ -144,8 +144,23 @@ func hostCommand(g *global, use, short string, f func(ctx context.Context, c *cl
 	}
 }
 
+// warnAway says that a host is away, which takes its jobs when it is back. What is
+// not known is not said.
+func (c *client) warnAway(ctx context.Context, host string) {
+	var states []map[string]string
+	if c.call(ctx, &states, "patchd.host_states") != nil {
+		return
+	}
+	for _, st := range states {
+		if st["ref"] == host && st["connected"] == "false" {
+			fmt.Fprintf(os.Stderr, "host %s is away since %s: it begins when it is back\n", &named{st["uuid"], st["name_label"]}, dateText(st["since"]))
+		}
+	}
+}
+
 func newPatchPrecheck(g *global) *cobra.Command {
 	return hostCommand(g, "precheck", "run a patch's precheck on a host", func(ctx context.Context, c *client, patch, host string, _ record) error {
+		c.warnAway(ctx, host)
 		text, err := c.async(ctx, "precheck", "pool_patch.precheck", patch, host)
 		if err != nil {
 			return err
@@ -159,6 +174,7 @@ func newPatchPrecheck(g *global) *cobra.Command {
 
 func newPatchApply(g *global) *cobra.Command {
 	return hostCommand(g, "apply", "apply a patch to a host", func(ctx context.Context, c *client, patch, host string, rec record) error {
+		c.warnAway(ctx, host)
 		text, err := c.async(ctx, "apply", "pool_patch.apply", patch, host)
 		if err != nil {
 			return err
@@ -182,7 +198,7 @@ func newPatchPoolApply(g *global) *cobra.Command {
 				return flags.start(ctx, g, c, ref)
 			}
 			if _, err := c.async(ctx, "pool-apply", "pool_patch.pool_apply", ref); err != nil {
-				return err
+				return c.whichHosts(ctx, rec.text("uuid"), err)
 			}
 			return g.done("applied to every host", "pool_patch", rec)
 		})
@@ -191,8 +207,24 @@ func newPatchPoolApply(g *global) *cobra.Command {
 		"coordinator applies, then the others, until one fails, unless the flags say otherwise. A run goes on\n" +
 		"when this command or the coordinator ends; see `patchd run`."
 	flags.register(cmd)
-	cmd.PreRun = func(cmd *cobra.Command, _ []string) { policy = flags.given(cmd) }
+	cmd.PreRunE = func(cmd *cobra.Command, _ []string) error {
+		policy = flags.given(cmd)
+		return flags.check(cmd)
+	}
 	return cmd
+}
+
+// whichHosts adds to the failure of a pool_apply on which hosts that was: the error of
+// the XenAPI names none, the run that it was does.
+func (c *client) whichHosts(ctx context.Context, patch string, err error) error {
+	r, rerr := c.run(ctx, "")
+	if rerr != nil || r.Run.text("patch") != patch || !r.ended() {
+		return err // it has not come to a run
+	}
+	if failed := r.failure(); failed != nil {
+		return fmt.Errorf("%w\n%w", explain(ctx, c, err), failed)
+	}
+	return err
 }
 
 const deprecation = "deprecated: %s is kept for old scripts; `patchd vdi destroy` frees the room of a patch\n"

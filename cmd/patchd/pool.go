@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -20,9 +21,35 @@ func newHost(g *global) *cobra.Command {
 	cmd.AddCommand(
 		newHostList(g),
 		showCommand(g, "host", "show one host"),
-		newHostRevoke(g), newHostExempt(g), newHostResync(g),
+		newHostRename(g), newHostRevoke(g), newHostExempt(g), newHostResync(g),
 	)
 	return cmd
+}
+
+// newHostRename gives a host another name: at first each is called as its hostname.
+func newHostRename(g *global) *cobra.Command {
+	return &cobra.Command{
+		Use: "rename HOST NAME", Short: "give a host another name", Args: cobra.ExactArgs(2), ValidArgsFunction: g.complete("host"),
+		PreRunE: func(_ *cobra.Command, args []string) error {
+			if strings.TrimSpace(args[1]) == "" {
+				return usagef("the name is empty")
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return g.with(cmd.Context(), func(ctx context.Context, c *client) error {
+				ref, rec, err := c.find(ctx, "host", args[0])
+				if err != nil {
+					return err
+				}
+				if err := c.call(ctx, nil, "host.set_name_label", ref, args[1]); err != nil {
+					return err
+				}
+				rec["name_label"] = args[1]
+				return g.done("renamed", "host", rec)
+			})
+		},
+	}
 }
 
 // newHostList lists the hosts with what the coordinator knows of each now.
@@ -41,6 +68,7 @@ func newHostList(g *global) *cobra.Command {
 				}
 				for _, st := range states {
 					if rec := all[fmt.Sprint(st["ref"])]; rec != nil {
+						rec["revoked"] = st["rank"] == "member" && st["keys"] == ""
 						rec["rank"], rec["connected"], rec["since"], rec["jobs"] = st["rank"], st["connected"] == "true", st["since"], st["jobs"]
 					}
 				}
@@ -56,6 +84,9 @@ func newHostList(g *global) *cobra.Command {
 
 // hostState is whether a host is there, or how long it has been away.
 func hostState(r record) string {
+	if revoked, _ := r["revoked"].(bool); revoked {
+		return "key revoked"
+	}
 	if there, _ := r["connected"].(bool); there {
 		return "connected"
 	}
@@ -183,7 +214,25 @@ type roleStatus struct {
 	Host        string `json:"host"`
 	Coordinator *named `json:"coordinator"` // null: nobody leads just now
 	Address     string `json:"coordinator_address"`
-	Pin         string `json:"pin"`
+	// URL and CoordinatorPin are what --server and --pin take.
+	URL            string `json:"coordinator_url"`
+	CoordinatorPin string `json:"coordinator_pin"`
+	// Link tells how the connection of a member to the coordinator is.
+	Link string `json:"link"`
+	Pin  string `json:"pin"`
+}
+
+// linkText tells how the link of a member is, "" of another host.
+func linkText(role map[string]string) string {
+	switch {
+	case role["role"] != "member":
+		return ""
+	case role["connected"] == "true":
+		return "connected since " + dateText(role["since"])
+	case role["problem"] == "":
+		return "not connected"
+	}
+	return "not connected: " + role["problem"]
 }
 
 // statusElsewhere prints the status of a host that does not lead; done is false
@@ -198,7 +247,10 @@ func (g *global) statusElsewhere(ctx context.Context) (done bool, err error) {
 	if err := c.rpc(ctx, &role, "patchd.role"); err != nil || role["role"] == "" || role["role"] == "coordinator" {
 		return false, nil
 	}
-	st := roleStatus{Role: role["role"], Pool: role["pool"], Host: role["host"], Address: role["coordinator_address"]}
+	st := roleStatus{
+		Role: role["role"], Pool: role["pool"], Host: role["host"], Address: role["coordinator_address"],
+		URL: role["coordinator_url"], CoordinatorPin: role["coordinator_pin"], Link: linkText(role),
+	}
 	if role["coordinator"] != "" {
 		st.Coordinator = &named{role["coordinator"], role["coordinator_name"]}
 	}
@@ -214,7 +266,8 @@ func (g *global) printRole(st roleStatus) error {
 	}
 	for _, line := range [][2]string{
 		{"role", st.Role}, {"pool", st.Pool}, {"host", st.Host}, {"coordinator", st.Coordinator.String()},
-		{"its address", st.Address}, {"pin of this host", st.Pin},
+		{"its address", st.Address}, {"its URL", st.URL}, {"pin of its key", st.CoordinatorPin},
+		{"link to it", st.Link}, {"pin of this host", st.Pin},
 	} {
 		if line[1] != "" {
 			fmt.Printf("%-18s %s\n", line[0], line[1])

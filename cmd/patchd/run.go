@@ -27,13 +27,13 @@ func newRun(g *global) *cobra.Command {
 		runCommand(g, "watch", "follow a run to its end; without RUN the newest", func(ctx context.Context, c *client, r *shownRun) error {
 			return g.watchRun(ctx, c, r.id())
 		}),
-		runCommand(g, "pause", "begin nothing more; what is at work goes on", func(ctx context.Context, c *client, r *shownRun) error {
+		runCommand(g, "pause", "begin nothing more; what is at work goes on; without RUN the open one", func(ctx context.Context, c *client, r *shownRun) error {
 			return g.turnRun(ctx, c, r, "run_pause", "paused")
 		}),
-		runCommand(g, "resume", "let a paused run go on", func(ctx context.Context, c *client, r *shownRun) error {
+		runCommand(g, "resume", "let a paused run go on; without RUN the open one", func(ctx context.Context, c *client, r *shownRun) error {
 			return g.turnRun(ctx, c, r, "run_resume", "goes on")
 		}),
-		runCommand(g, "cancel", "cancel what is at work, and begin nothing more", func(ctx context.Context, c *client, r *shownRun) error {
+		runCommand(g, "cancel", "cancel what is at work, and begin nothing more; without RUN the open one", func(ctx context.Context, c *client, r *shownRun) error {
 			return g.turnRun(ctx, c, r, "run_cancel", "cancel asked for")
 		}),
 		newRunRetry(g),
@@ -54,9 +54,10 @@ func (r *shownRun) ended() bool { return r.Run.text("ended") == "true" }
 // failure tells what of a run that has ended did not work; nil: nothing.
 func (r *shownRun) failure() error {
 	var bad []string
-	for _, h := range r.Hosts {
+	names := hostLabels(r.Hosts, "name")
+	for i, h := range r.Hosts {
 		if s := h.text("state"); s == string(pool.HostFailed) || s == string(pool.HostUnknown) {
-			bad = append(bad, fmt.Sprintf("%s %s: %s", h.text("name"), s, h.text("reason")))
+			bad = append(bad, fmt.Sprintf("%s %s: %s", names[i], s, strings.TrimSpace(h.text("reason"))))
 		}
 	}
 	state := r.Run.text("state")
@@ -77,6 +78,44 @@ func (r *shownRun) failure() error {
 	return fmt.Errorf("%s\n`patchd run retry %s` goes on once the cause is gone", text, r.id())
 }
 
+// hostLabels are the names of hosts for people, in their order: field of the record,
+// with the uuid behind a name that several hosts have.
+func hostLabels(hosts []record, field string) []string {
+	count := map[string]int{}
+	for _, h := range hosts {
+		count[h.text(field)]++
+	}
+	out := make([]string, len(hosts))
+	for i, h := range hosts {
+		out[i] = h.text(field)
+		if count[out[i]] > 1 {
+			out[i] = (&named{h.text("host"), out[i]}).String()
+		}
+	}
+	return out
+}
+
+// openRun is the uuid of the one run that has not ended.
+func (c *client) openRun(ctx context.Context) (string, error) {
+	var all []record
+	if err := c.call(ctx, &all, "patchd.run_list"); err != nil {
+		return "", err
+	}
+	var open []string
+	for _, r := range all {
+		if r.text("ended") != "true" {
+			open = append(open, r.text("uuid"))
+		}
+	}
+	switch len(open) {
+	case 1:
+		return open[0], nil
+	case 0:
+		return "", fmt.Errorf("no run is open; `patchd run list` shows all")
+	}
+	return "", usagef("%d runs are open: name one; `patchd run list` shows them", len(open))
+}
+
 // run reads a run by its uuid; "" is the newest.
 func (c *client) run(ctx context.Context, id string) (*shownRun, error) {
 	if id == "" {
@@ -93,20 +132,40 @@ func (c *client) run(ctx context.Context, id string) (*shownRun, error) {
 	if err := c.call(ctx, &r.Run, "patchd.run_show", id); err != nil {
 		return nil, err
 	}
+	unpackRun(r.Run)
 	return r, c.call(ctx, &r.Hosts, "patchd.run_hosts", id)
+}
+
+// unpackRun makes values of the fields that come as JSON in a text: the policy, and
+// the names of the waves.
+func unpackRun(r record) {
+	for _, field := range []string{"policy", "waves"} {
+		text, _ := r[field].(string)
+		var v any
+		if json.Unmarshal([]byte(text), &v) != nil {
+			continue
+		}
+		if v == nil {
+			v = []any{}
+		}
+		r[field] = v
+	}
 }
 
 // runCommand does something with one run.
 func runCommand(g *global, name, short string, f func(ctx context.Context, c *client, r *shownRun) error) *cobra.Command {
-	use, args := name+" RUN", cobra.ExactArgs(1)
-	if name == "show" || name == "watch" {
-		use, args = name+" [RUN]", cobra.MaximumNArgs(1)
-	}
 	return &cobra.Command{
-		Use: use, Short: short, Args: args,
+		Use: name + " [RUN]", Short: short, Args: cobra.MaximumNArgs(1), ValidArgsFunction: g.completeRun,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return g.with(cmd.Context(), func(ctx context.Context, c *client) error {
-				r, err := c.run(ctx, strings.Join(args, ""))
+				id, err := strings.Join(args, ""), error(nil)
+				if id == "" && name != "show" && name != "watch" {
+					id, err = c.openRun(ctx)
+				}
+				if err != nil {
+					return err
+				}
+				r, err := c.run(ctx, id)
 				if err != nil {
 					return err
 				}
@@ -114,6 +173,26 @@ func runCommand(g *global, name, short string, f func(ctx context.Context, c *cl
 			})
 		},
 	}
+}
+
+// completeRun offers the runs to the shell, over the unix socket only.
+func (g *global) completeRun(cmd *cobra.Command, args []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
+	var out []cobra.Completion
+	if g.fromEnv() != nil || len(args) > 0 || g.server != "" {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	err := g.with(cmd.Context(), func(ctx context.Context, c *client) error {
+		var all []record
+		err := c.call(ctx, &all, "patchd.run_list")
+		for i := len(all) - 1; i >= 0; i-- {
+			out = append(out, cobra.CompletionWithDesc(all[i].text("uuid"), all[i].text("patch_name")+" "+all[i].text("state")))
+		}
+		return err
+	})
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp // a shell has no place for errors
+	}
+	return out, cobra.ShellCompDirectiveNoFileComp | cobra.ShellCompDirectiveKeepOrder
 }
 
 func (g *global) turnRun(ctx context.Context, c *client, r *shownRun, message, said string) error {
@@ -140,6 +219,9 @@ func newRunList(g *global) *cobra.Command {
 				all := []record{}
 				if err := c.call(ctx, &all, "patchd.run_list"); err != nil {
 					return err
+				}
+				for _, r := range all {
+					unpackRun(r)
 				}
 				if g.json() {
 					return printJSON(os.Stdout, all)
@@ -171,6 +253,7 @@ func newRunRetry(g *global) *cobra.Command {
 	var detach bool
 	cmd := &cobra.Command{
 		Use: "retry RUN [HOST…]", Short: "take up a run that has ended: what failed, and what had no turn", Args: cobra.MinimumNArgs(1),
+		ValidArgsFunction: g.completeRun,
 		Long: "Takes up a run that has ended: the hosts that failed, were away or cancelled, and those that never\n" +
 			"had their turn; with HOST only those. A host whose outcome is unknown is tried again only when it\n" +
 			"is named, since the patch may then run on it a second time.",
@@ -242,9 +325,10 @@ var hostTitles = []string{"HOST", "WAVE", "STATE", "SINCE", "REASON"}
 
 func hostRows(hosts []record) [][]string {
 	rows := make([][]string, len(hosts))
+	names := hostLabels(hosts, "name")
 	for i, h := range hosts {
 		reason, _, _ := strings.Cut(strings.TrimSpace(h.text("reason")), "\n")
-		rows[i] = []string{h.text("name"), h.text("wave"), h.text("state"), dateText(h.text("since")), reason}
+		rows[i] = []string{names[i], h.text("wave"), h.text("state"), dateText(h.text("since")), reason}
 	}
 	return rows
 }
@@ -358,24 +442,25 @@ func busiest(hosts []record) []record {
 
 // lines tells what has changed since the last time.
 func (s *runScreen) lines(r *shownRun) {
-	tell := func(key, state, reason string) {
-		if s.was[key] == state {
+	tell := func(uuid, name, state, reason string) {
+		if s.was[uuid] == state {
 			return
 		}
-		s.was[key] = state
+		s.was[uuid] = state
 		if reason != "" {
 			state += ": " + reason
 		}
-		fmt.Fprintln(s.out, key+" "+state)
+		fmt.Fprintln(s.out, name+" "+state)
 	}
-	for _, h := range r.Hosts {
-		state := h.text("state")
-		if _, known := s.was[h.text("name")]; !known && state == string(pool.HostWaiting) {
-			s.was[h.text("name")] = state
+	names := hostLabels(r.Hosts, "name")
+	for i, h := range r.Hosts {
+		uuid, state := h.text("host"), h.text("state")
+		if _, known := s.was[uuid]; !known && state == string(pool.HostWaiting) {
+			s.was[uuid] = state
 		}
-		tell(h.text("name"), state, strings.TrimSpace(h.text("reason")))
+		tell(uuid, names[i], state, strings.TrimSpace(h.text("reason")))
 	}
-	tell("run "+r.id(), r.Run.text("state"), r.Run.text("reason"))
+	tell(r.id(), "run "+r.id(), r.Run.text("state"), r.Run.text("reason"))
 }
 
 // policyFlags are the flags of pool-apply that make a policy.
@@ -408,6 +493,20 @@ func (p *policyFlags) register(cmd *cobra.Command) {
 	f.BoolVar(&p.dryRun, "dry-run", false, "only tell what would be done")
 	f.BoolVar(&p.detach, "detach", false, "do not wait for the end")
 	completeWords(cmd, "coordinator", pool.CoordinatorFirst, pool.CoordinatorLast, pool.CoordinatorAny)
+}
+
+// check refuses flags that say nothing: an empty list of hosts, as of a variable that
+// is not set, must not become every host.
+func (p *policyFlags) check(cmd *cobra.Command) error {
+	for name, list := range map[string][]string{"hosts": p.hosts, "tag": p.pol.Tags, "canary": {p.canary}, "waves": p.pol.Waves} {
+		if cmd.Flags().Changed(name) && strings.Trim(strings.Join(list, ""), " ") == "" {
+			return usagef("--%s is empty: say what it shall be, or leave the flag out", name)
+		}
+	}
+	if p.pol.AtOnce < 1 {
+		return usagef("--at-once: %d is not the number of hosts that apply at the same time", p.pol.AtOnce)
+	}
+	return nil
 }
 
 func (p *policyFlags) given(cmd *cobra.Command) bool {
@@ -454,6 +553,7 @@ func (p *policyFlags) start(ctx context.Context, g *global, c *client, patch str
 		if err := c.call(ctx, &r.Hosts, "patchd.run_plan_hosts", patch, policy, hosts); err != nil {
 			return err
 		}
+		unpackRun(r.Run)
 		return g.printRun(os.Stdout, r)
 	}
 	var id string

@@ -29,8 +29,9 @@ func TestMain(m *testing.M) { lab.Main(m) }
 // story has signer.gpg and signer.key, a key pair of gpg, in its folder, and
 // these commands beside those of testscript:
 //
-//	daemon [FLAG…]          start a daemon on $PATCHD_STATE_DIR, set HTTP and HTTPS
-//	stop                    end it
+//	daemon [FLAG…]          start a daemon on $PATCHD_STATE_DIR, set HTTP and HTTPS;
+//	                        with another $PATCHD_STATE_DIR another one
+//	stop                    end that of $PATCHD_STATE_DIR
 //	exits N PROG [ARG…]     run a program, which must exit with N
 //	interrupt GLOB PROG …   run it, and send SIGINT once a file matches GLOB
 //	tty FILE PROG …         run it on a terminal; what is in FILE is typed, a line
@@ -50,9 +51,9 @@ func TestScripts(t *testing.T) {
 			env.Setenv("PATCHD_STATE_DIR", filepath.Join(env.WorkDir, "state"))
 			env.Setenv("XDG_STATE_HOME", filepath.Join(env.WorkDir, ".local"))
 			env.Setenv("FINGERPRINT", key.Fingerprint)
-			d := &scriptDaemon{}
-			env.Values[daemonKey{}] = d
-			env.Defer(func() { d.stop() })
+			daemons := scriptDaemons{}
+			env.Values[daemonKey{}] = daemons
+			env.Defer(daemons.stop)
 			return errors.Join(
 				os.Mkdir(bin, 0o755),
 				os.Symlink(binary, filepath.Join(bin, "patchd")),
@@ -69,7 +70,25 @@ func TestScripts(t *testing.T) {
 
 type daemonKey struct{}
 
-// scriptDaemon is the daemon of one story.
+// scriptDaemons are the daemons of one story, by state directory.
+type scriptDaemons map[string]*scriptDaemon
+
+func (ds scriptDaemons) stop() {
+	for _, d := range ds {
+		d.stop()
+	}
+}
+
+// daemonOf is the daemon of the state directory that the story uses now.
+func daemonOf(ts *testscript.TestScript) *scriptDaemon {
+	ds, dir := ts.Value(daemonKey{}).(scriptDaemons), ts.Getenv("PATCHD_STATE_DIR")
+	if ds[dir] == nil {
+		ds[dir] = &scriptDaemon{}
+	}
+	return ds[dir]
+}
+
+// scriptDaemon is one of them.
 type scriptDaemon struct {
 	cmd  *exec.Cmd
 	done chan struct{}
@@ -102,8 +121,11 @@ func command(ts *testscript.TestScript, args []string) *exec.Cmd {
 }
 
 func startDaemon(ts *testscript.TestScript, _ bool, args []string) {
-	d := ts.Value(daemonKey{}).(*scriptDaemon)
-	serve := []string{"patchd", "serve", "--patch-dir", ts.MkAbs("patches"), "--log-format", "json", "--tls-listen", "127.0.0.1:0",
+	d, patches := daemonOf(ts), "patches"
+	if name := filepath.Base(ts.Getenv("PATCHD_STATE_DIR")); name != "state" {
+		patches += "-" + name
+	}
+	serve := []string{"patchd", "serve", "--patch-dir", ts.MkAbs(patches), "--log-format", "json", "--tls-listen", "127.0.0.1:0",
 		"--listen", "127.0.0.1:0", "--bad-password-delay", "10ms", "--grace-timeout", "1s"}
 	cmd := command(ts, append(serve, args...))
 	cmd.Env = append(cmd.Env, "PATCHD_ROOT_PASSWORD=story password")
@@ -120,7 +142,10 @@ func startDaemon(ts *testscript.TestScript, _ bool, args []string) {
 		for lines.Scan() {
 			var line map[string]string
 			if json.Unmarshal(lines.Bytes(), &line) == nil && line["msg"] == "patchd is ready" {
-				ready <- line
+				select {
+				case ready <- line:
+				default: // it has opened again in another role
+				}
 			}
 		}
 		cmd.Wait()
@@ -136,7 +161,7 @@ func startDaemon(ts *testscript.TestScript, _ bool, args []string) {
 }
 
 func stopDaemon(ts *testscript.TestScript, _ bool, _ []string) {
-	ts.Value(daemonKey{}).(*scriptDaemon).stop()
+	daemonOf(ts).stop()
 }
 
 func exits(ts *testscript.TestScript, _ bool, args []string) {

@@ -31,7 +31,14 @@ func newPatchStage(g *global) *cobra.Command {
 				if _, err := c.async(ctx, "stage", "patchd.patch_stage", ref, hosts); err != nil {
 					return fmt.Errorf("stage of patch %s (%s): %w", rec.text("name_label"), rec.text("uuid"), explain(ctx, c, err))
 				}
-				return g.done("staged", "pool_patch", rec)
+				where := fmt.Sprintf("staged on %d hosts", len(hosts))
+				switch {
+				case all:
+					where = "staged on every host"
+				case len(hosts) == 1:
+					where = "staged on host " + args[1]
+				}
+				return g.done(where, "pool_patch", rec)
 			})
 		},
 	}

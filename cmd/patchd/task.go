@@ -44,7 +44,7 @@ func percent(r record) string {
 func (c *client) follow(ctx context.Context, name, ref string) (string, error) {
 	b := newBar(name, 0)
 	defer b.done()
-	token := ""
+	token, shown := "", ref
 	for {
 		var batch struct {
 			Token  string `json:"token"`
@@ -54,7 +54,7 @@ func (c *client) follow(ctx context.Context, name, ref string) (string, error) {
 		}
 		err := c.call(ctx, &batch, "event.from", []string{"task/" + ref}, token, 30.0)
 		if ctx.Err() != nil {
-			return "", fmt.Errorf("interrupted: the task goes on. `patchd task show %[1]s` tells how it is, `patchd task cancel %[1]s` ends it", ref)
+			return "", fmt.Errorf("interrupted: the task goes on. `patchd task show %[1]s` tells how it is, `patchd task cancel %[1]s` ends it", shown)
 		}
 		if xapi.Is(err, xapi.EventsLost) {
 			token = ""
@@ -68,6 +68,7 @@ func (c *client) follow(ctx context.Context, name, ref string) (string, error) {
 			if e.Snapshot == nil {
 				return "", errors.New("the task was destroyed")
 			}
+			shown = orText(e.Snapshot.text("uuid"), shown)
 			if f, ok := e.Snapshot["progress"].(float64); ok {
 				b.fraction(f)
 			}

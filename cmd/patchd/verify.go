@@ -35,8 +35,8 @@ func newVDIRepair(g *global) *cobra.Command {
 		return g.done("good", "VDI", rec)
 	})
 	cmd.Long = "Takes good blocks from other disk images of the SRs that are plugged: copies of this one, or any that\n" +
-		"holds the same blocks. Nothing is written that was not checked. Where no image has the blocks, destroy\n" +
-		"the VDI and upload the patch again."
+		"holds the same blocks; else from other hosts that have the patch. Nothing is written that was not\n" +
+		"checked. Where nothing has the blocks, destroy the VDI and upload the patch again."
 	return cmd
 }
 

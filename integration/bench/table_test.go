@@ -111,11 +111,13 @@ func timed(f func()) time.Duration {
 	return time.Since(start)
 }
 
-// measurements are all there are, in the order of the table.
-var measurements = []struct {
+type measurement struct {
 	name string
 	run  func(*bench) []row
-}{
+}
+
+// measurements are those of one host, in the order of the table.
+var measurements = []measurement{
 	{"put", benchPut},
 	{"tls", benchPutTLS},
 	{"layout", benchLayout},
@@ -129,9 +131,23 @@ var measurements = []struct {
 	{"resume", benchResume},
 }
 
+// poolMeasurements are those of many hosts.
+var poolMeasurements = []measurement{
+	{"apply", benchPoolApply},
+	{"idle", benchIdle},
+	{"job", benchJob},
+	{"failover", benchFailover},
+	{"run", benchRun},
+}
+
+// TestBenchPool prints the table of many hosts; see TestBench.
+func TestBenchPool(t *testing.T) { table(t, poolMeasurements) }
+
 // TestBench prints the table. PATCHD_BENCH_ONLY is a pattern for the names of
 // the measurements to make; PATCHD_BENCH_OUT a file that keeps the samples.
-func TestBench(t *testing.T) {
+func TestBench(t *testing.T) { table(t, measurements) }
+
+func table(t *testing.T, measurements []measurement) {
 	only, err := regexp.Compile(os.Getenv("PATCHD_BENCH_ONLY"))
 	if err != nil {
 		t.Fatal(err)

@@ -93,6 +93,20 @@ func (p *Pool) Eject(coordinator, member *Host) {
 	p.out[member] = true
 }
 
+// AllConnected waits until every host of the pool that runs is connected to the
+// one that leads.
+func (p *Pool) AllConnected() {
+	p.T.Helper()
+	p.until("all hosts to be connected", func() bool {
+		leader, _ := p.LeaderNow()
+		if leader == nil {
+			return false
+		}
+		there := leader.H.listed()
+		return !slices.ContainsFunc(p.Hosts, func(h *Host) bool { return !p.out[h] && h.Running() && !there[h.UUID()] })
+	})
+}
+
 // listed are the hosts of the pool by uuid, as `host list` shows them, and
 // whether each is connected.
 func (h *Host) listed() map[string]bool {

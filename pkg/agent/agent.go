@@ -349,9 +349,13 @@ func (a *Agent) recoverUnjournaled(ctx context.Context, j pool.Assignment) error
 	return a.Coordinator.JobFinish(ctx, j.Ref, pool.Outcome{Err: interrupted(j.Job, ""), Attempt: j.Job.Attempt})
 }
 
-// interrupted is the failure of a job of which nothing has changed the host.
-// said is what its runner said last.
+// interrupted is the failure of a job of which nothing has changed the host, or of a
+// call, which was either done or is undone. said is what its runner said last.
 func interrupted(j pool.Job, said string) *xapi.Error {
+	if j.Kind == pool.JobCall && j.State != pool.JobQueued {
+		return xapi.NewError(xapi.InternalError, "the host was interrupted in "+j.Call+
+			": patchd there was ended. Either it is done or nothing of it is left: look before you ask for it again")
+	}
 	text := "the " + string(j.Kind) + " was interrupted before it changed anything: patchd, or the process that ran it, was ended; ask for it again"
 	if said != "" {
 		text += ". Last words: " + said

@@ -30,6 +30,7 @@ func (e Entry) uuid() xapi.UUID { return e.Assignment.Job.UUID }
 type Result struct {
 	Output string   `json:"output"`
 	Error  []string `json:"error,omitempty"` // code and parameters; empty on success
+	Why    string   `json:"why,omitempty"`   // the error with its cause, for the log of this host
 	// Checked tells that digest and signature of the image held.
 	Checked bool `json:"checked"`
 	// Begun tells that `apply` was started.

@@ -128,7 +128,7 @@ func (r *runner) execute(ctx context.Context) (res Result) {
 		res.Cleanup = strings.TrimPrefix(res.Cleanup+"; ", "; ") + "write the patch's output: " + oerr.Error()
 	}
 	if err != nil {
-		res.Error = xapi.AsError(err).Description()
+		res.Error, res.Why = xapi.AsError(err).Description(), err.Error()
 	}
 	return res
 }

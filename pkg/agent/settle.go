@@ -225,6 +225,9 @@ func (e *execution) outcome(entry Entry) (o pool.Outcome, again bool, err error)
 		if res.Cleanup != "" {
 			a.Log.WithField("job", e.id).Error("the runner could not clean up: " + res.Cleanup)
 		}
+		if res.Why != "" {
+			a.Log.WithField("job", e.id).WithField("patch", j.Patch.UUID).WithField("kind", j.Job.Kind).Warn("the job has failed: " + res.Why)
+		}
 		return e.resultOutcome(res, j), false, nil
 	case apply && begun:
 		return pool.Outcome{Unknown: true, Err: xapi.NewError(xapi.PatchApplyFailed,

@@ -134,23 +134,26 @@ func (p *Pool) callOn(ctx context.Context, host xapi.Ref, name string, args any)
 // leaveCall has a host run a method when it is there, and does not wait for that.
 // One that is left already is not left twice.
 func (p *Pool) leaveCall(ctx context.Context, host xapi.Ref, name string, args any) error {
+	return p.Store.Update(ctx, func(tx *store.Tx) error { return p.leaveIn(ctx, tx, host, name, args) })
+}
+
+// leaveIn is leaveCall inside a transaction.
+func (p *Pool) leaveIn(ctx context.Context, tx *store.Tx, host xapi.Ref, name string, args any) error {
 	raw, err := json.Marshal(args)
 	if err != nil {
 		return err
 	}
-	return p.Store.Update(ctx, func(tx *store.Tx) error {
-		for _, ref := range tx.Refs(ClassJob, "host", string(host)) {
-			job, err := store.Read[Job](tx, ClassJob, ref)
-			if err != nil {
-				return err
-			}
-			if job.State != JobDone && !job.Cancel && job.Call == name && bytes.Equal(job.Args, raw) {
-				return nil
-			}
+	for _, ref := range tx.Refs(ClassJob, "host", string(host)) {
+		job, err := store.Read[Job](tx, ClassJob, ref)
+		if err != nil {
+			return err
 		}
-		_, err := p.newJob(Resuming(task.Detached(ctx)), tx, Job{Kind: JobCall, Host: host, Call: name, Args: raw})
-		return err
-	})
+		if job.State != JobDone && !job.Cancel && job.Call == name && bytes.Equal(job.Args, raw) {
+			return nil
+		}
+	}
+	_, err = p.newJob(Resuming(task.Detached(ctx)), tx, Job{Kind: JobCall, Host: host, Call: name, Args: raw})
+	return err
 }
 
 // untilAway waits until the record of a host says that it is away, or is gone.
@@ -208,7 +211,7 @@ func init() {
 		"VDIForget":  obeying(true, func(ctx context.Context, p *Pool, vdi xapi.Ref) error { return unlessGone(p.VDIForget(ctx, vdi)) }),
 		"VDIDestroy": obeying(true, func(ctx context.Context, p *Pool, vdi xapi.Ref) error { return unlessGone(p.VDIDestroy(ctx, vdi)) }),
 		"VDIUpdate":  obeying(true, func(ctx context.Context, p *Pool, vdi xapi.Ref) error { return p.VDIUpdate(ctx, vdi) }),
-		"VDIRepair":  obeying(true, func(ctx context.Context, p *Pool, vdi xapi.Ref) error { return p.VDIRepair(ctx, vdi) }),
+		callRepair:   obeying(true, func(ctx context.Context, p *Pool, vdi xapi.Ref) error { return p.VDIRepair(ctx, vdi) }),
 		"VDIVerify": answering(true, func(ctx context.Context, p *Pool, vdi xapi.Ref) (string, error) {
 			report, err := p.VDIVerify(ctx, vdi)
 			if err != nil {

@@ -252,10 +252,14 @@ func (p *Pool) hostName(ref xapi.Ref) string {
 	return fmt.Sprintf("%s (%s)", h.NameLabel, h.UUID)
 }
 
-// undoUpload takes back an upload that was not confirmed. Where the image lies
-// on another host that one destroys it, when it is there again.
+// undoUpload takes back an upload that was not confirmed, and the copies of it
+// that were made. Where an image lies on another host that one destroys it, when it
+// is there again.
 func (p *Pool) undoUpload(ctx context.Context, patch xapi.Ref, rec Patch) error {
 	vdi, err := p.vdi(rec.VDI)
+	if err == nil {
+		p.undoCopies(ctx, vdi)
+	}
 	switch {
 	case xapi.Is(err, xapi.HandleInvalid):
 	case err != nil:
@@ -284,6 +288,41 @@ func (p *Pool) undoUpload(ctx context.Context, patch xapi.Ref, rec Patch) error 
 		tx.Put(ClassPatch, patch, now)
 		return nil
 	})
+}
+
+// undoCopies destroys the replicas of a golden image that is to go, and cancels
+// what makes further ones. What cannot be destroyed now goes with the next
+// CollectReplicas, for its golden image is gone.
+func (p *Pool) undoCopies(ctx context.Context, golden VDI) {
+	err := p.endStaging(ctx, golden.Map)
+	if err == nil {
+		err = p.removeReplicas(ctx, golden.UUID)
+	}
+	if err != nil {
+		p.Log.WithError(err).WithField("VDI", golden.UUID).Warn("copies of an upload that failed could not be destroyed; housekeeping does it")
+	}
+}
+
+// endStaging cancels the open jobs that make an image with a map, and does not
+// wait for their end.
+func (p *Pool) endStaging(ctx context.Context, digest string) error {
+	var open []xapi.Ref
+	err := p.Store.View(func(v *store.View) error {
+		for _, it := range v.List(ClassJob) {
+			var job Job
+			if err := it.Decode(&job); err != nil {
+				return err
+			}
+			if job.State != JobDone && job.Kind == JobCall && digest != "" && mapOfCall(job) == digest {
+				open = append(open, it.Ref)
+			}
+		}
+		return nil
+	})
+	for _, ref := range open {
+		err = errors.Join(err, p.JobCancel(ctx, ref))
+	}
+	return err
 }
 
 // leaveToItsHost deletes the record of a VDI and tells the host that has its SR

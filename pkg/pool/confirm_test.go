@@ -2,6 +2,7 @@ package pool
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"slices"
 	"testing"
@@ -155,6 +156,81 @@ func TestAnUploadThatIsNotConfirmedIsUndone(t *testing.T) {
 	}
 	r.restart()
 	r.wantTidy("after its host has started")
+}
+
+func TestTheCopiesOfAnUploadThatFailsGoToo(t *testing.T) {
+	r := newRig(t)
+	sr := r.sr(r.memorySpec("m"))
+	host, on := r.otherHost()
+	r.otherHost()
+	vdi, patch := r.unconfirmed(sr, 3)
+	golden := get[VDI](r, ClassVDI, vdi)
+	var staging xapi.Ref
+	r.StageOn = func(_ context.Context, _, h xapi.Ref) error {
+		if h != host {
+			return errors.New("its disk is full")
+		}
+		r.replica(golden, on)
+		r.must(r.Store.Update(t.Context(), func(tx *store.Tx) (err error) { // one that was not waited for
+			args, _ := json.Marshal(StageSpec{Map: golden.Map})
+			staging, err = r.newJob(t.Context(), tx, Job{Kind: JobCall, Host: host, Call: callStage, Args: args})
+			return err
+		}))
+		return nil
+	}
+	r.Connected = func(xapi.Ref) bool { return true }
+	done := make(chan error, 1)
+	go func() { done <- r.Confirm(t.Context(), patch) }()
+	var job Assignment
+	r.must(r.Store.Until(t.Context(), func(*store.View) (bool, error) { // the host is asked to destroy its copy
+		jobs, _, err := r.Jobs(host)
+		for _, j := range jobs {
+			if j.Job.Call == "VDIDestroy" {
+				job = j
+			}
+		}
+		return job.Ref != "", err
+	}))
+	r.must(r.finish(t.Context(), job.Ref, Outcome{}))
+	r.wantCode("confirm", <-done, xapi.OperationNotAllowed)
+	if j, err := r.Job(staging); err != nil || !j.Cancel {
+		t.Errorf("what makes a further copy goes on: %+v %v", j, err)
+	}
+	if n := r.count(ClassPatch); n != 0 {
+		t.Errorf("%d patches are left", n)
+	}
+
+	// One that went away keeps the job.
+	vdi, patch = r.unconfirmed(sr, 3)
+	golden = get[VDI](r, ClassVDI, vdi)
+	left := r.replica(golden, on)
+	r.StageOn = func(context.Context, xapi.Ref, xapi.Ref) error { return errors.New("its disk is full") }
+	r.Connected = func(h xapi.Ref) bool { return h != host }
+	r.wantCode("confirm", r.Confirm(t.Context(), patch), xapi.OperationNotAllowed)
+	if j := r.leftCall(host, "VDIDestroy"); string(j.Job.Args) != `"`+string(left)+`"` {
+		t.Errorf("the host that is away is told %+v", j)
+	}
+}
+
+// replica records that a host has a replica of a golden image in its SR.
+func (r *rig) replica(golden VDI, on xapi.Ref) xapi.Ref {
+	r.t.Helper()
+	ref, rec := xapi.NewRef(), ReplicaSpec(golden, Patch{}).VDI
+	rec.UUID, rec.SR, rec.Map = xapi.NewUUID(), on, golden.Map
+	r.must(r.Store.Update(r.t.Context(), func(tx *store.Tx) error { tx.Put(ClassVDI, ref, rec); return nil }))
+	return ref
+}
+
+// leftCall is the open call of that name that a host has, or fails the test.
+func (r *rig) leftCall(host xapi.Ref, name string) Assignment {
+	r.t.Helper()
+	jobs, _, err := r.Jobs(host)
+	r.must(err)
+	i := slices.IndexFunc(jobs, func(j Assignment) bool { return j.Job.Call == name })
+	if i < 0 {
+		r.t.Fatalf("host %s has no call %s", host, name)
+	}
+	return jobs[i]
 }
 
 func TestTheFirstSROfAHost(t *testing.T) {

@@ -80,11 +80,11 @@ func (p *Pool) examineHosts(ctx context.Context) ([]Finding, error) {
 		f := Finding{Check: "host", Class: ClassHost, UUID: h.UUID, Name: h.NameLabel}
 		switch {
 		case h.Rank != RankCoordinator && len(h.Keys) == 0:
-			f.Text = "its key was revoked, and nobody lets it in: have it join again, or eject it"
+			f.Text = "its key was revoked, and nobody lets it in. To have it back say `patchd pool leave`, `patchd pool rotate-key` and `patchd pool join` there; else eject it (`patchd pool eject`)"
 		case !h.Connected && h.Since.IsZero():
 			f.Text = "is not connected: is patchd running there, and does it reach this host?"
 		case !h.Connected:
-			f.Text = fmt.Sprintf("is not connected since %s: is patchd running there, and does it reach this host?", xapi.FormatTime(h.Since))
+			f.Text = fmt.Sprintf("is not connected since %s: is patchd running there, and does it reach this host?", moment(h.Since))
 		default:
 			there++
 			continue
@@ -161,7 +161,7 @@ func (p *Pool) examineSRs(ctx context.Context) ([]Finding, error) {
 func (p *Pool) examineFarSR(rec SR, host xapi.Ref, about Finding) Finding {
 	name := string(host)
 	if h, err := p.host(host); err == nil {
-		name = h.NameLabel
+		name = strings.TrimSpace(fmt.Sprintf("%s (%s)", h.NameLabel, h.UUID))
 	}
 	free, low := max(0, rec.PhysicalSize-rec.PhysicalUtilisation), min(lowRoom, rec.PhysicalSize/10)
 	about.Check, about.OK = "room", free >= low

@@ -136,7 +136,7 @@ func (p *Pool) assertIdleHost(tx *store.Tx, host xapi.Ref, rec Host) error {
 		}
 		if job.State != JobDone {
 			return xapi.NewError(xapi.OtherOperationInProgress, ClassHost, string(host),
-				fmt.Sprintf("host %s (%s) has work to do (%s): wait for it or cancel it, or eject it by force", rec.NameLabel, rec.UUID, job.Kind))
+				fmt.Sprintf("it has work to do (%s), which may be cancelled, or left behind with --force", job.Kind))
 		}
 	}
 	return nil

@@ -41,23 +41,45 @@ func (p *Pool) destroyOn(ctx context.Context, host, ref xapi.Ref) error {
 
 // parted takes a VDI that is to be destroyed out of the records of its patches.
 func (p *Pool) parted(ctx context.Context, ref xapi.Ref) (patches []xapi.Ref, err error) {
-	err = p.Store.Update(ctx, func(tx *store.Tx) error {
-		patches = nil
-		if err := p.assertUnused(tx, ref); err != nil {
-			return err
-		}
-		for _, patch := range tx.Refs(ClassPatch, "VDI", string(ref)) {
-			rec, err := store.Read[Patch](tx, ClassPatch, patch)
-			if err != nil {
-				return err
-			}
-			rec.VDI = xapi.NullRef
-			tx.Put(ClassPatch, patch, rec)
-			patches = append(patches, patch)
-		}
-		return nil
+	err = p.Store.Update(ctx, func(tx *store.Tx) (err error) {
+		patches, err = p.partIn(tx, ref)
+		return err
 	})
 	return patches, err
+}
+
+// partIn is parted inside a transaction.
+func (p *Pool) partIn(tx *store.Tx, ref xapi.Ref) (patches []xapi.Ref, err error) {
+	if err := p.assertUnused(tx, ref); err != nil {
+		return nil, err
+	}
+	for _, patch := range tx.Refs(ClassPatch, "VDI", string(ref)) {
+		rec, err := store.Read[Patch](tx, ClassPatch, patch)
+		if err != nil {
+			return nil, err
+		}
+		rec.VDI = xapi.NullRef
+		tx.Put(ClassPatch, patch, rec)
+		patches = append(patches, patch)
+	}
+	return patches, nil
+}
+
+// destroyGolden destroys the image of a patch. A host that is away keeps that as a
+// job, and no patch names the image any more. Codes: those of VDIDestroy but
+// HOST_OFFLINE.
+func (p *Pool) destroyGolden(ctx context.Context, ref xapi.Ref) error {
+	err := p.VDIDestroy(ctx, ref)
+	host, yes := p.vdiElsewhere(ref)
+	if !yes || !xapi.Is(err, xapi.HostOffline) {
+		return err
+	}
+	return p.Store.Update(ctx, func(tx *store.Tx) error {
+		if _, err := p.partIn(tx, ref); err != nil {
+			return err
+		}
+		return p.leaveIn(ctx, tx, host, "VDIDestroy", ref)
+	})
 }
 
 // reunite undoes parted, for a VDI that is still there.

@@ -221,7 +221,7 @@ func (p *Pool) PatchCleanOnHost(ctx context.Context, patch, host xapi.Ref) error
 }
 
 // PatchPoolClean removes the file of the patch everywhere and destroys its
-// VDI. The record stays, with a VDI field that names nothing. Deprecated: use
+// VDI and its replicas; a host that is away does so when it is back. The record stays, with a VDI field that names nothing. Deprecated: use
 // VDI.destroy. Codes: HANDLE_INVALID, VDI_IN_USE.
 func (p *Pool) PatchPoolClean(ctx context.Context, patch xapi.Ref) error {
 	rec, err := p.patch(patch)
@@ -238,7 +238,7 @@ func (p *Pool) removeSources(ctx context.Context, patch xapi.Ref, rec Patch) err
 	}
 	if !rec.VDI.IsNull() {
 		golden, _ := p.vdi(rec.VDI) // without a record it has no replicas that are known
-		err := p.VDIDestroy(ctx, rec.VDI)
+		err := p.destroyGolden(ctx, rec.VDI)
 		if err != nil && !xapi.Is(err, xapi.HandleInvalid) {
 			return err
 		}
@@ -251,7 +251,7 @@ func (p *Pool) removeSources(ctx context.Context, patch xapi.Ref, rec Patch) err
 		if err := tx.Get(ClassPatch, patch, &rec); err != nil {
 			return err
 		}
-		if tx.Has(ClassVDI, rec.VDI) {
+		if !rec.VDI.IsNull() && tx.Has(ClassVDI, rec.VDI) {
 			return nil // a new upload took the place meanwhile
 		}
 		rec.Filename, rec.VDI = "", xapi.NullRef

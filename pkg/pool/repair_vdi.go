@@ -18,10 +18,10 @@ import (
 
 // VDIRepair makes a damaged image again what its block map says. Blocks come
 // from VDIs of the SRs plugged here: first those with the same map, then any
-// whose map has a block with the same sum, such as an earlier revision. No byte
-// is written that was not checked. A block map that is gone or damaged is made
-// again from the image when that is what the record says, else taken from a VDI
-// with the same map. In the end the whole image is verified. A repair that was
+// whose map has a block with the same sum, such as an earlier revision; then from
+// other hosts that have an image with the same map. No byte is written that was not
+// checked. A block map that is gone or damaged is made again from the image when
+// that is what the record says, else taken from a VDI with the same map. In the end the whole image is verified. A repair that was
 // interrupted is begun again; what it had mended stays.
 //
 // Codes: those of UseVDI, VDI_IN_USE [VDI ref, "repair"], VDI_MISSING,
@@ -29,7 +29,7 @@ import (
 // text] when there is not enough to repair it from, TASK_CANCELLED.
 func (p *Pool) VDIRepair(ctx context.Context, ref xapi.Ref) error {
 	if host, yes := p.vdiElsewhere(ref); yes {
-		_, err := p.callOn(ctx, host, "VDIRepair", ref)
+		_, err := p.callOn(ctx, host, callRepair, ref)
 		return err
 	}
 	if err := p.repairVDI(ctx, ref); err != nil {
@@ -171,6 +171,9 @@ func (p *Pool) mendMap(ctx context.Context, l look, f *os.File, donors []donor) 
 		return nil, fmt.Errorf("read VDI %s: %w", l.rec.UUID, err)
 	}
 	if m.Digest() != l.rec.Map {
+		if far := p.fetchMap(ctx, l.rec); far != nil {
+			return far, p.replaceMap(ctx, l, far)
+		}
 		return nil, xapi.NewError(xapi.VDIContentChanged, string(l.ref),
 			DamagedMap+", the image is damaged too, and no VDI of the SRs plugged here has the same map: destroy it and upload the patch again")
 	}
@@ -215,11 +218,47 @@ func (p *Pool) mendBlocks(ctx context.Context, l look, f *os.File, m *vdi.Map, d
 	var left *vdi.DamageError
 	switch {
 	case errors.As(err, &left):
-		return p.notEnough(ctx, l, left)
+		return p.mendFromOthers(ctx, l, f, m, left)
 	case err != nil:
 		return fmt.Errorf("repair VDI %s: %w", l.rec.UUID, p.inSR(l.rec.SR, err))
 	}
 	return nil
+}
+
+// fetchMap gets the block map of a VDI from another host; nil: no host has it.
+func (p *Pool) fetchMap(ctx context.Context, rec VDI) *vdi.Map {
+	if p.Fetcher == nil {
+		return nil
+	}
+	m, err := p.Fetcher.FetchMap(ctx, rec.Map)
+	if err == nil && m.Digest() == rec.Map {
+		return m
+	}
+	p.Log.WithError(err).WithField("VDI", rec.UUID).Debug("no other host gives the block map")
+	return nil
+}
+
+// mendFromOthers writes over damaged blocks, for which nothing here is good, those
+// of other hosts. Where none has the image the damage is the error.
+func (p *Pool) mendFromOthers(ctx context.Context, l look, f *os.File, m *vdi.Map, left *vdi.DamageError) error {
+	if p.fetchMap(ctx, l.rec) == nil {
+		return errors.Join(sr.Alive(ctx), p.notEnough(ctx, l, left))
+	}
+	t := task.FromContext(ctx)
+	err := p.Fetcher.Pull(ctx, m, f, true, func(done, total int64) {
+		if total > 0 {
+			t.Progress(0.5 * float64(done) / float64(total))
+		}
+	})
+	switch {
+	case err == nil:
+		p.Log.WithField("VDI", l.rec.UUID).WithField("blocks", left.Total).Warn("damaged blocks of an image were fetched from other hosts")
+		return nil
+	case sr.Alive(ctx) != nil:
+		return sr.Alive(ctx)
+	}
+	p.Log.WithError(err).WithField("VDI", l.rec.UUID).Warn("an image could not be repaired from other hosts")
+	return p.notEnough(ctx, l, left)
 }
 
 // notEnough is the error of an image that could not be repaired as a whole. The

@@ -1,7 +1,9 @@
 package pool
 
 import (
+	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"slices"
 
@@ -200,7 +202,7 @@ func mapInUse(v *store.View, digest string) (bool, error) {
 // does neither.
 func mapOfJob(v *store.View, job Job) string {
 	if job.Kind == JobCall {
-		return mapOfCall(job)
+		return cmp.Or(mapOfCall(job), mapOfRepair(v, job))
 	}
 	patch, err := store.Get[Patch](v, ClassPatch, job.Patch)
 	if err != nil {
@@ -211,6 +213,19 @@ func mapOfJob(v *store.View, job Job) string {
 		return ""
 	}
 	return golden.Map
+}
+
+// mapOfRepair is the map of the image that a call repairs, or "".
+func mapOfRepair(v *store.View, job Job) string {
+	var ref xapi.Ref
+	if job.Call != callRepair || json.Unmarshal(job.Args, &ref) != nil {
+		return ""
+	}
+	rec, err := store.Get[VDI](v, ClassVDI, ref)
+	if err != nil {
+		return ""
+	}
+	return rec.Map
 }
 
 // dropReplica destroys a replica where it lies. Another host has that as a job,

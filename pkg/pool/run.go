@@ -200,6 +200,15 @@ func (p *Pool) OpenRuns() (refs []xapi.Ref, runs []Run, err error) {
 	return refs, runs, err
 }
 
+// hostText names a host, with its uuid: names need not differ.
+func hostText(v *store.View, ref xapi.Ref) string {
+	h, err := store.Get[Host](v, ClassHost, ref)
+	if err != nil || h.NameLabel == "" {
+		return hostName(v, ref)
+	}
+	return fmt.Sprintf("%s (%s)", h.NameLabel, h.UUID)
+}
+
 // hostName is the name of a host for people.
 func hostName(v *store.View, ref xapi.Ref) string {
 	h, err := store.Get[Host](v, ClassHost, ref)

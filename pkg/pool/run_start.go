@@ -168,7 +168,7 @@ func (p *Pool) planRun(v *store.View, run Run) (Run, []RunHost, error) {
 			idle = append(idle, h.in(HostHad, now, "it has the patch"))
 		case there && !unknown:
 			return run, nil, xapi.NewError(xapi.OtherOperationInProgress, "Pool_patch", string(run.Patch),
-				"the patch is being applied to host "+hostName(v, ref))
+				"the patch is being applied to host "+hostText(v, ref))
 		case exempt:
 			idle = append(idle, h.in(HostSkipped, now, "exempt: "+why))
 		case unknown && !run.Classic && !named[ref]:
@@ -187,7 +187,7 @@ func (p *Pool) planRun(v *store.View, run Run) (Run, []RunHost, error) {
 	for w, wave := range waves {
 		for _, ref := range wave {
 			h := RunHost{Run: run.UUID, Host: ref, Wave: w}
-			hosts = append(hosts, h.in(HostWaiting, now, "it waits for its turn in "+names[w]))
+			hosts = append(hosts, h.in(HostWaiting, now, fmt.Sprintf("it waits for its turn in %q", names[w])))
 		}
 	}
 	hosts = append(hosts, idle...)
@@ -234,7 +234,7 @@ func (pol *Policy) choose(v *store.View) (hosts []xapi.Ref, named map[xapi.Ref]b
 		if canary[it.Ref] {
 			pol.CanaryHosts = append(pol.CanaryHosts, it.Ref)
 			if !in {
-				return nil, nil, unsupported("canary", hostName(v, it.Ref), "it is none of the hosts of the run")
+				return nil, nil, unsupported("canary", hostText(v, it.Ref), "it is none of the hosts of the run")
 			}
 		}
 	}
@@ -283,7 +283,7 @@ func assertFree(v *store.View, run Run, hosts []xapi.Ref) error {
 		for _, h := range theirs {
 			if wanted[h.Host] && h.Wave >= 0 {
 				return xapi.NewError(xapi.OtherOperationInProgress, ClassRun, string(refs[i]),
-					fmt.Sprintf("host %s is in run %s, which is %s", hostName(v, h.Host), other.UUID, other.State))
+					fmt.Sprintf("host %s is in run %s, which is %s", hostText(v, h.Host), other.UUID, other.State))
 			}
 		}
 	}

@@ -311,8 +311,11 @@ func mapOfCall(job Job) string {
 	return s.Map
 }
 
-// callStage is Stage as a host call.
-const callStage = "Stage"
+// The names of Stage and VDIRepair as host calls: those fetch blocks from others.
+const (
+	callStage  = "Stage"
+	callRepair = "VDIRepair"
+)
 
 // stageAt is how many hosts PatchStage asks at once.
 const stageAt = 16

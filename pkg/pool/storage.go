@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
+	"strings"
 	"sync"
 
 	"github.com/patchd/patchd/pkg/sr"
@@ -230,6 +232,85 @@ func (p *Pool) useVDI(ref xapi.Ref) (VDI, sr.Repository, func(), error) {
 	}
 	return p.openUse(ref, free)
 }
+
+// readVDI is useVDI for whoever only reads what is in a VDI: where its SR is not
+// plugged here, another one with the same block map that is here is as good, and
+// is what is given. Codes: those of UseVDI; SR_NOT_ATTACHED has a second
+// parameter, a text, when the SR or such a VDI is on other hosts.
+func (p *Pool) readVDI(ref xapi.Ref) (source, func(), error) {
+	rec, repo, release, err := p.useVDI(ref)
+	if !xapi.Is(err, xapi.SRNotAttached) {
+		return source{ref, rec, repo}, release, err
+	}
+	if rec, err := p.vdi(ref); err == nil {
+		equal, err := p.Replicas(rec.Map)
+		if err != nil {
+			return source{}, nil, err
+		}
+		for _, r := range equal {
+			rec, repo, release, err := p.useVDI(r.Ref)
+			if err == nil && rec.Map == r.VDI.Map {
+				return source{r.Ref, rec, repo}, release, nil
+			}
+			if err == nil {
+				release()
+			}
+		}
+		return source{}, nil, p.whereElse(rec)
+	}
+	return source{}, nil, err
+}
+
+// whereElse is the error of a VDI whose content is not on this host: it tells who
+// has it, those first that are there.
+func (p *Pool) whereElse(rec VDI) error {
+	var there, away []string
+	err := p.Store.View(func(v *store.View) error {
+		hosts := map[xapi.Ref]bool{}
+		if rec.Map != "" {
+			var err error
+			if hosts, err = p.holders(v, rec.Map); err != nil {
+				return err
+			}
+		}
+		for _, link := range v.Refs(ClassPBD, "SR", string(rec.SR)) {
+			pbd, err := store.Get[PBD](v, ClassPBD, link)
+			if err != nil {
+				return err
+			}
+			if pbd.CurrentlyAttached {
+				hosts[pbd.Host] = true
+			}
+		}
+		for ref := range hosts {
+			h, err := store.Get[Host](v, ClassHost, ref)
+			switch {
+			case err != nil || ref == p.Self:
+			case p.there(ref):
+				there = append(there, fmt.Sprintf("%s (%s)", h.NameLabel, h.UUID))
+			default:
+				away = append(away, fmt.Sprintf("%s (%s), which is away", h.NameLabel, h.UUID))
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	slices.Sort(there)
+	slices.Sort(away)
+	names := append(there, away...)
+	switch more := len(names) - maxNamed; {
+	case len(names) == 0:
+		return xapi.NewError(xapi.SRNotAttached, string(rec.SR))
+	case more > 0:
+		names = append(names[:maxNamed], fmt.Sprintf("%d more", more))
+	}
+	return xapi.NewError(xapi.SRNotAttached, string(rec.SR), "the image is not here but on "+strings.Join(names, ", "))
+}
+
+// maxNamed bounds the hosts that an error names.
+const maxNamed = 3
 
 // holdVDI takes a VDI for op alone. Codes: those of useVDI, where VDI_IN_USE
 // names op.

@@ -54,26 +54,30 @@ func (p *Pool) VDISnapshot(ctx context.Context, ref xapi.Ref, driverParams map[s
 // VDICopy copies a VDI into another SR, or the same, and gives the new VDI; or,
 // when into names a VDI, replaces the content of that one, and gives it back.
 // base is a hint which blocks differ: it must exist and is otherwise ignored,
-// for everything is copied. Codes: those of UseVDI and NewVDI, VDI_MISSING,
+// for everything is copied. Codes: those of readVDI and NewVDI, VDI_MISSING,
 // VDI_TOO_SMALL [into, bytes needed], VDI_READONLY [into], VDI_IN_USE [into, "copy"].
 func (p *Pool) VDICopy(ctx context.Context, ref, dst, base, into xapi.Ref) (xapi.Ref, error) {
 	if made, done, err := p.copyElsewhere(ctx, copyCall{ref, dst, base, into}); done || err != nil {
 		return made, err
 	}
-	rec, repo, release, err := p.useVDI(ref)
+	s, release, err := p.readVDI(ref)
 	if err != nil {
 		return "", err
 	}
 	defer release()
+	rec, err := p.vdi(ref)
+	if err != nil {
+		return "", err
+	}
 	if !base.IsNull() {
 		if _, err := p.vdi(base); err != nil {
 			return "", err
 		}
 	}
 	if into.IsNull() {
-		return p.copyTo(ctx, source{ref, rec, repo}, dst, copied(rec), nil)
+		return p.copyTo(ctx, s, dst, copied(rec), nil)
 	}
-	return into, p.copyInto(ctx, source{ref, rec, repo}, dst, into)
+	return into, p.copyInto(ctx, s, dst, into)
 }
 
 // VDIPoolMigrate moves a VDI to another SR and gives its new ref: it is copied,
@@ -113,8 +117,9 @@ func (p *Pool) discard(ctx context.Context, repo sr.Repository, intentRef xapi.R
 	return p.undoVolumes(ctx, repo, intentRef, in)
 }
 
-// copied is the record of a copy of rec.
+// copied is the record of a copy of rec, which is no replica, whatever rec is.
 func copied(rec VDI) VDI {
+	rec.Damage, rec.OtherConfig = "", withoutReplica(rec.OtherConfig)
 	rec.ReadOnly, rec.IsASnapshot, rec.SnapshotOf, rec.SnapshotTime = false, false, xapi.NullRef, xapi.Epoch
 	return rec
 }

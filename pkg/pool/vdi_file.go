@@ -30,27 +30,37 @@ func (p *Pool) isGolden(ref xapi.Ref) (golden bool, err error) {
 }
 
 // VDIFile opens the content of a VDI for a raw export (sr.ReadOnly) or import
-// (sr.ReadWrite) and marks it in use; release closes the file. A VDI that is
-// opened for writing has no block map any more. After an import VDIUpdate should be called. Codes: those of UseVDI, VDI_IN_USE [VDI ref,
+// (sr.ReadWrite) and marks it in use; release closes the file. What is read may be
+// another VDI with the same block map, see readVDI. A VDI that is opened for writing
+// has no block map any more. After an import VDIUpdate should be called. Codes: those of readVDI, VDI_IN_USE [VDI ref,
 // "import"] when somebody else uses a VDI that is to be written, VDI_READONLY.
 func (p *Pool) VDIFile(ctx context.Context, ref xapi.Ref, mode sr.Mode) (*os.File, func(), error) {
-	take := p.useVDI
 	if mode == sr.ReadWrite {
-		take = func(ref xapi.Ref) (VDI, sr.Repository, func(), error) { return p.holdVDI(ref, "import") }
+		return p.fileToWrite(ctx, ref)
 	}
-	rec, repo, release, err := take(ref)
+	s, release, err := p.readVDI(ref)
 	if err != nil {
 		return nil, nil, err
 	}
-	if mode == sr.ReadWrite {
-		err = p.assertMutable(ref, rec)
+	f, err := p.openLive(ctx, s.repo, s.ref, s.rec, mode)
+	if err != nil {
+		release()
+		return nil, nil, err
 	}
-	if mode == sr.ReadWrite && err == nil {
+	return f, func() { f.Close(); release() }, nil
+}
+
+func (p *Pool) fileToWrite(ctx context.Context, ref xapi.Ref) (*os.File, func(), error) {
+	rec, repo, release, err := p.holdVDI(ref, "import")
+	if err != nil {
+		return nil, nil, err
+	}
+	if err = p.assertMutable(ref, rec); err == nil {
 		err = p.dropMap(ctx, ref, rec, repo)
 	}
 	var f *os.File
 	if err == nil {
-		f, err = p.openLive(ctx, repo, ref, rec, mode)
+		f, err = p.openLive(ctx, repo, ref, rec, sr.ReadWrite)
 	}
 	if err != nil {
 		release()

@@ -32,22 +32,15 @@ func writeMap(ctx context.Context, repo sr.Repository, n sr.Name, m *vdi.Map) er
 }
 
 // VDIMap reads the block map of a VDI, held against the digest in its record;
-// nil when it has none. Codes: those of UseVDI, VDI_CONTENT_CHANGED [VDI ref,
+// nil when it has none. Codes: those of readVDI, VDI_CONTENT_CHANGED [VDI ref,
 // text] when the map is gone or damaged.
 func (p *Pool) VDIMap(ctx context.Context, ref xapi.Ref) (*vdi.Map, error) {
-	rec, repo, release, err := p.useVDI(ref)
+	s, release, err := p.readVDI(ref)
 	if err != nil {
 		return nil, err
 	}
 	defer release()
-	if rec.Map == "" {
-		return nil, nil
-	}
-	m, err := sr.ReadMap(ctx, repo, rec.UUID, rec.Map)
-	if err != nil && sr.Alive(ctx) == nil {
-		err = xapi.NewError(xapi.VDIContentChanged, string(ref), "its block map is gone or damaged").Because(err)
-	}
-	return m, err
+	return s.mapOf(ctx)
 }
 
 // dropMap makes a VDI that its caller holds one that may be written to: its

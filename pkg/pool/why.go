@@ -44,7 +44,7 @@ func (w *why) say(format string, args ...any) {
 func moment(t time.Time) string { return t.UTC().Format("2006-01-02 15:04:05Z") }
 
 func (w *why) chain() ([]string, error) {
-	name, patch := hostName(w.view, w.host), w.patchRec.NameLabel
+	name, patch := hostText(w.view, w.host), w.patchRec.NameLabel
 	hp, _, there := hostPatchOf(w.view, w.patch, w.host)
 	if there && hp.Applied {
 		w.say("host %s has patch %s, since %s", name, patch, moment(hp.TimestampApplied))
@@ -64,7 +64,7 @@ func (w *why) chain() ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	runs, err := w.runs(name)
+	runs, err := w.runs()
 	if err != nil {
 		return nil, err
 	}
@@ -117,7 +117,7 @@ func (w *why) jobs() (open bool, err error) {
 }
 
 // runs tells of the newest run of the patch that has the host.
-func (w *why) runs(name string) (found bool, err error) {
+func (w *why) runs() (found bool, err error) {
 	_, runs, err := runsOf(w.view)
 	if err != nil {
 		return false, err
@@ -133,7 +133,7 @@ func (w *why) runs(name string) (found bool, err error) {
 		}
 		for _, h := range hosts {
 			if h.Host == w.host {
-				w.run(name, run, h, hosts)
+				w.run(run, h, hosts)
 				return true, nil
 			}
 		}
@@ -144,14 +144,14 @@ func (w *why) runs(name string) (found bool, err error) {
 // maxWhyHosts is how many other hosts are named as a reason.
 const maxWhyHosts = 3
 
-func (w *why) run(name string, run Run, h RunHost, hosts []RunHost) {
+func (w *why) run(run Run, h RunHost, hosts []RunHost) {
 	state, reason := h.Shown(run)
-	text := fmt.Sprintf("in run %s host %s is %s since %s", run.UUID, name, state, moment(h.Since))
+	text := fmt.Sprintf("in run %s the host is %q since %s", run.UUID, state, moment(h.Since))
 	if run.State.Ended() && !h.State.Final() {
-		text = fmt.Sprintf("in run %s host %s was %s", run.UUID, name, state)
+		text = fmt.Sprintf("in run %s the host was %q", run.UUID, state)
 	}
 	if h.Wave >= 0 && h.Wave < len(run.Waves) {
-		text += ", in " + run.Waves[h.Wave]
+		text += fmt.Sprintf(", in the wave %q", run.Waves[h.Wave])
 	}
 	if reason != "" {
 		text += ": " + reason
@@ -168,8 +168,8 @@ func (w *why) run(name string, run Run, h RunHost, hosts []RunHost) {
 		return
 	}
 	w.others("host %s failed there: %s", hosts, func(o RunHost) bool { return o.State.bad() && !o.Since.Before(run.Begun) })
-	if !run.State.Ended() {
-		w.others("host %s comes before it: %s", hosts, func(o RunHost) bool {
+	if !run.State.Ended() && !h.State.atWork() {
+		w.others("host %s has its turn before it: %s", hosts, func(o RunHost) bool {
 			return !o.State.Final() && (o.Wave < h.Wave || o.Wave == h.Wave && o.State.atWork())
 		})
 	}
@@ -188,7 +188,7 @@ func (w *why) others(format string, hosts []RunHost, which func(RunHost) bool) {
 			if reason == "" {
 				reason = string(o.State)
 			}
-			names = append(names, fmt.Sprintf(format, hostName(w.view, o.Host), reason))
+			names = append(names, fmt.Sprintf(format, hostText(w.view, o.Host), reason))
 		}
 	}
 	w.lines = append(w.lines, names...)

@@ -65,14 +65,19 @@ func (s *Server) RotateKey(ctx context.Context) (string, error) {
 	return s.identity.Pin(), s.pool.HostAddKey(ctx, s.pool.Self, s.identity.SPKI())
 }
 
+// errNoToken is what becomes of a text that is no token, perhaps cut off.
+var errNoToken = xapi.NewError(xapi.ValueNotSupported, "token", "this text", "it is not what `patchd pool token` has printed, or not all of it")
+
 // parseToken takes apart what JoinToken gave.
 func parseToken(text string) (id xapi.UUID, secret, pin string, err error) {
 	f := strings.Split(strings.TrimSpace(text), ".")
 	if len(f) != 3 || !xapi.UUID(f[0]).Valid() || f[1] == "" {
-		return "", "", "", xapi.NewError(xapi.InvalidValue, "token", "is not one that `patchd pool token` has printed")
+		return "", "", "", errNoToken
 	}
-	pin, err = trust.ParsePin(f[2])
-	return xapi.UUID(f[0]), f[1], pin, err
+	if pin, err = trust.ParsePin(f[2]); err != nil {
+		return "", "", "", errNoToken
+	}
+	return xapi.UUID(f[0]), f[1], pin, nil
 }
 
 // target is where a JoinSpec points: the URL of the coordinator and the SHA-256 of
@@ -84,7 +89,7 @@ func joinTarget(spec pool.JoinSpec) (base, pin string, err error) {
 	}
 	u, err := url.Parse(address)
 	if err != nil || u.Scheme != "https" || u.Hostname() == "" || u.User != nil {
-		return "", "", xapi.NewError(xapi.InvalidValue, "address", fmt.Sprintf("%.100q is not https://host:port", spec.Address))
+		return "", "", xapi.NewError(xapi.ValueNotSupported, "address", fmt.Sprintf("%.100q", spec.Address), "https://host:port is wanted, the TLS port of the coordinator")
 	}
 	port := u.Port()
 	if port == "" {
@@ -94,7 +99,7 @@ func joinTarget(spec pool.JoinSpec) (base, pin string, err error) {
 	for _, text := range []string{spec.Fingerprint, fragment} {
 		if text != "" && pin == "" {
 			if pin, err = trust.ParsePin(text); err != nil {
-				return "", "", xapi.NewError(xapi.InvalidValue, "fingerprint", err.Error())
+				return "", "", xapi.NewError(xapi.ValueNotSupported, "fingerprint", fmt.Sprintf("%.80q", text), "it is the 64 hexadecimal digits that `patchd status` shows on the coordinator")
 			}
 		}
 	}
@@ -106,7 +111,7 @@ func joinTarget(spec pool.JoinSpec) (base, pin string, err error) {
 // member: from then on the answer holds, also after a crash. What this host had
 // applied, its storage and its patches come along; its users go, and its store is
 // backed up. Codes: OPERATION_NOT_ALLOWED, OTHER_OPERATION_IN_PROGRESS,
-// INVALID_VALUE, SESSION_AUTHENTICATION_FAILED, HOST_IS_SLAVE.
+// VALUE_NOT_SUPPORTED, SESSION_AUTHENTICATION_FAILED, CANNOT_CONTACT_HOST, HOST_IS_SLAVE.
 func (s *Server) Join(ctx context.Context, spec pool.JoinSpec) (a pool.JoinAnswer, err error) {
 	if s.config.Store != "" {
 		return a, xapi.NewError(xapi.OperationNotAllowed, "this host has the database of a pool (--store): it is a coordinator there")
@@ -250,7 +255,7 @@ func (s *Server) askToJoin(ctx context.Context, base, pin string, req pool.JoinR
 	case errors.Is(err, trust.ErrUntrusted):
 		return a, xapi.NewError(xapi.OperationNotAllowed, fmt.Sprintf("%s shows a key with SHA-256 %s, not %s: another host, or somebody in between", base, shown, pin))
 	case err != nil:
-		return a, xapi.NewError(xapi.CannotContactHost, base).Because(err)
+		return a, xapi.NewError(xapi.CannotContactHost, base, dialText(err)).Because(err)
 	}
 	defer res.Body.Close()
 	b, err := io.ReadAll(io.LimitReader(res.Body, maxJoin))
@@ -292,6 +297,15 @@ func credentials(r *http.Request) (q pool.JoinRequest) {
 type problem struct {
 	Code   string   `json:"code"`
 	Params []string `json:"params"`
+}
+
+// dialText is why nobody answered, without what the code says already.
+func dialText(err error) string {
+	var u *url.Error
+	if errors.As(err, &u) {
+		err = u.Err
+	}
+	return err.Error()
 }
 
 // refusal reads what a coordinator says when it does not answer 200.

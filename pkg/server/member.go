@@ -12,6 +12,7 @@ import (
 
 	"github.com/patchd/patchd/pkg/pool"
 	"github.com/patchd/patchd/pkg/store"
+	"github.com/patchd/patchd/pkg/trust"
 	"github.com/patchd/patchd/pkg/xapi"
 )
 
@@ -247,7 +248,17 @@ func (s *Server) memberRole(role map[string]string) map[string]string {
 	if !st.Since.IsZero() {
 		role["since"] = xapi.FormatTime(st.Since)
 	}
+	tellPeer(role, p)
 	return role
+}
+
+// tellPeer adds how clients reach the coordinator: its URL, and the SHA-256 of its
+// newest key.
+func tellPeer(role map[string]string, p pool.Peer) {
+	role["coordinator_url"] = p.URL
+	if n := len(p.Keys); n > 0 {
+		role["coordinator_pin"] = trust.Pin(p.Keys[n-1])
+	}
 }
 
 // ejected makes this host a pool of its own: a coordinator whose key it knows has

@@ -103,6 +103,7 @@ func (s *Server) role() map[string]string {
 	}
 	if _, h, ok := s.leadingHost(); ok {
 		role["coordinator"], role["coordinator_name"], role["coordinator_address"] = string(h.UUID), h.NameLabel, h.Address
+		tellPeer(role, h.Peer())
 	}
 	return role
 }

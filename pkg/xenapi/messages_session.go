@@ -101,8 +101,8 @@ func ownMessages() []*Message {
 }
 
 // tellRole tells which part this host plays: role ("coordinator", "standby"), pool,
-// host (uuids) and, where one is known, coordinator (uuid), coordinator_name and
-// coordinator_address.
+// host (uuids) and, where one is known, coordinator (uuid), coordinator_name,
+// coordinator_address, coordinator_url and coordinator_pin (the SHA-256 of its key).
 func tellRole(c *call) (any, error) {
 	out := map[string]any{}
 	for k, v := range c.srv.Role() {

@@ -132,7 +132,7 @@ var failures = map[string]failure{
 	xapi.SRNotEmpty:              {"The SR still has disk images.", nil},
 	xapi.SRHasPBD:                {"The SR is still plugged into a host.", []string{"sr"}},
 	xapi.SRHasNoPBDs:             {"No host is linked to the SR.", []string{"sr"}},
-	xapi.SRNotAttached:           {"The SR is not plugged.", []string{"sr"}},
+	xapi.SRNotAttached:           {"The SR is not plugged.", []string{"sr", "reason"}},
 	xapi.SRUnknownDriver:         {"There is no driver for SRs of this type.", []string{"driver"}},
 	xapi.SRBackendFailure:        {"The driver of the SR failed.", []string{"status", "stdout", "stderr"}},
 	xapi.SROperationNotSupported: {"The driver of the SR cannot do this.", []string{"sr"}},
