@@ -65,25 +65,25 @@ func (i *inventory) state() (acked *pool.Inventory, told int64, next chan struct
 func (i *inventory) run(ctx context.Context) {
 	var pause time.Duration
 	for ctx.Err() == nil {
+		_, _, fresh := i.state()
 		err := i.tell(ctx)
 		if pause = min(2*pause, maxInventoryPause); err == nil {
-			pause = inventoryPause
+			pause, fresh = inventoryPause, nil // what was told has closed it
 		} else if pause < time.Second {
 			pause = time.Second
 		}
 		if err != nil && ctx.Err() == nil {
 			i.log.WithError(err).Warn("the coordinator could not be told of this host's storage; it is tried again")
 		}
-		if !i.wait(ctx, pause) {
+		if !i.wait(ctx, pause, fresh) {
 			return
 		}
 	}
 }
 
-// wait blocks until pause is over or the connection is new, and then until there may
-// be something to tell.
-func (i *inventory) wait(ctx context.Context, pause time.Duration) bool {
-	_, _, fresh := i.state()
+// wait blocks until pause is over or fresh closes, because the connection is new, and
+// then until there may be something to tell.
+func (i *inventory) wait(ctx context.Context, pause time.Duration, fresh chan struct{}) bool {
 	select {
 	case <-ctx.Done():
 		return false
