@@ -35,7 +35,7 @@ func TestRunStopsAtTheSecondHostAndRetryFinishes(t *testing.T) {
 	lines, err := h.Why(t.Context(), h.hosts[3], h.patch)
 	h.must(err)
 	why := strings.Join(lines, "\n")
-	for _, want := range []string{"host4 lacks patch p", "not touched: the run stopped", "the run is stopped", "host host2 failed there", "the disk is full"} {
+	for _, want := range []string{"host host4 (", ") lacks patch p", "not touched: the run stopped", "the run is stopped", "host host2 (", ") failed there: ", "the disk is full"} {
 		if !strings.Contains(why, want) {
 			t.Errorf("%q is not in:\n%s", want, why)
 		}
@@ -208,7 +208,7 @@ func TestRunSeesHostsThatAreAway(t *testing.T) {
 	}
 	lines, err := h.Why(t.Context(), h.hosts[2], h.patch)
 	h.must(err)
-	if why := strings.Join(lines, "\n"); !strings.Contains(why, "host3 is away, not heard of since 2026-01-02 03:04:05Z") {
+	if why := strings.Join(lines, "\n"); !strings.Contains(why, "host host3 (") || !strings.Contains(why, ") is away, not heard of since 2026-01-02 03:04:05Z") {
 		t.Error(why)
 	}
 	id := h.begin(Policy{WaitAway: 3600})

@@ -66,11 +66,11 @@ func (p *Pool) Sources(ctx context.Context, host xapi.Ref, digest string, fetche
 	var holders []SourcePeer
 	var partial []SourcePeer
 	now := p.Now()
+	if err := p.mayReadNow(ctx, host, digest); err != nil {
+		return out, err
+	}
 	err := p.Store.View(func(v *store.View) (err error) {
 		if reader, err = store.Get[Host](v, ClassHost, host); err != nil {
-			return err
-		}
-		if err = p.mayRead(v, host, digest); err != nil {
 			return err
 		}
 		whole, err := p.holders(v, digest)
@@ -120,6 +120,22 @@ func boundSources(holders, partial []SourcePeer) []SourcePeer {
 	rest = rest[:min(len(rest), maxSources/2)]
 	out = append(out, rest...)
 	return append(out, partial[:min(len(partial), max(0, maxSources-len(out)))]...)
+}
+
+// mayReadNow is mayRead as of now: a host with the database may have seen its job
+// before this one has.
+func (p *Pool) mayReadNow(ctx context.Context, host xapi.Ref, digest string) error {
+	look := func() error {
+		return p.Store.View(func(v *store.View) error { return p.mayRead(v, host, digest) })
+	}
+	err := look()
+	if !xapi.Is(err, xapi.OperationNotAllowed) {
+		return err
+	}
+	if err := p.Store.Sync(ctx); err != nil {
+		return err
+	}
+	return look()
 }
 
 // mayRead refuses a map that no open job of the host names.
