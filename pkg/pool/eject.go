@@ -295,10 +295,8 @@ func forgetImage(tx *store.Tx, ref xapi.Ref) error {
 	}
 	successor := xapi.NullRef
 	if rec.Map != "" {
-		for _, other := range tx.Refs(ClassVDI, "_map", rec.Map) {
-			if other != ref && successor.IsNull() {
-				successor = other
-			}
+		if successor, err = successorOf(tx, ref, rec.Map); err != nil {
+			return err
 		}
 	}
 	for _, patch := range tx.Refs(ClassPatch, "VDI", string(ref)) {
@@ -311,6 +309,21 @@ func forgetImage(tx *store.Tx, ref xapi.Ref) error {
 	}
 	tx.Delete(ClassVDI, ref)
 	return nil
+}
+
+// successorOf is another VDI with a map, one that is known to be good where there is
+// one; else none.
+func successorOf(tx *store.Tx, ref xapi.Ref, digest string) (xapi.Ref, error) {
+	for _, other := range tx.Refs(ClassVDI, "_map", digest) {
+		rec, err := store.Read[VDI](tx, ClassVDI, other)
+		if err != nil {
+			return "", err
+		}
+		if other != ref && !rec.Missing && rec.Damage == "" {
+			return other, nil
+		}
+	}
+	return xapi.NullRef, nil
 }
 
 // batchSize is how many records one transaction of batches changes.

@@ -93,8 +93,13 @@ func TestAMemberCannotFillTheDatabase(t *testing.T) {
 	}
 	big := like
 	big.UUID, big.NameLabel = xapi.NewUUID(), strings.Repeat("x", maxSaidRecord)
-	err := r.TakeInventory(ctx, m.Self, Inventory{Put: []InventoryRecord{record(t, ClassVDI, xapi.NewRef(), big)}})
-	r.wantCode("a large record", err, xapi.InvalidValue)
+	small := like
+	small.UUID = xapi.NewUUID()
+	vdis := r.count(ClassVDI)
+	r.must(r.TakeInventory(ctx, m.Self, Inventory{Put: []InventoryRecord{record(t, ClassVDI, xapi.NewRef(), big), record(t, ClassVDI, xapi.NewRef(), small)}}))
+	if _, there := r.vdiByUUID(big.UUID); there || r.count(ClassVDI) != vdis+1 {
+		t.Error("a large record was taken, or kept others out")
+	}
 	var many Inventory
 	for range maxHostVDIs {
 		many.Put = append(many.Put, InventoryRecord{Class: ClassVDI, Ref: xapi.NewRef(), Record: json.RawMessage(fmt.Sprintf(`{"uuid":%q,"SR":%q}`, xapi.NewUUID(), on))})
@@ -277,5 +282,37 @@ func TestDamageIsBelievedOfOnesOwn(t *testing.T) {
 	r.must(err)
 	if len(jobs) != 1 || jobs[0].Job.Call != "VDIVerify" || get[VDI](r, ClassVDI, theirs).Damage != "" {
 		t.Errorf("%+v", jobs)
+	}
+}
+
+func (r *rig) vdiByUUID(id xapi.UUID) (ref xapi.Ref, there bool) {
+	r.must(r.Store.View(func(v *store.View) error {
+		it, ok := v.ByUUID(ClassVDI, id)
+		ref, there = it.Ref, ok
+		return nil
+	}))
+	return ref, there
+}
+
+// The image that takes the place of a lost one is a good one.
+func TestADamagedImageSucceedsNobody(t *testing.T) {
+	r := newRig(t)
+	m, _, vdi, patch := r.member("key")
+	local := r.sr(r.fileSpec("local"))
+	damaged, good := xapi.NewRef(), xapi.NewRef()
+	for _, ref := range []xapi.Ref{damaged, good} {
+		r.must(r.Store.Update(t.Context(), func(tx *store.Tx) error {
+			rec, err := store.Read[VDI](tx, ClassVDI, vdi)
+			rec.UUID, rec.SR = xapi.NewUUID(), local
+			if ref == damaged {
+				rec.Damage = "bad"
+			}
+			tx.Put(ClassVDI, ref, rec)
+			return err
+		}))
+	}
+	r.must(r.HostEject(t.Context(), m.Self, false))
+	if got := get[Patch](r, ClassPatch, patch); got.VDI != good {
+		t.Errorf("the patch names %s", got.VDI)
 	}
 }

@@ -86,6 +86,7 @@ func (p *Pool) TakeInventory(ctx context.Context, host xapi.Ref, inv Inventory) 
 	if len(inv.Put)+len(inv.Gone) > maxInventory {
 		return xapi.NewError(xapi.InvalidValue, "inventory", fmt.Sprintf("more than %d records", maxInventory))
 	}
+	inv = p.withoutLarge(host, inv)
 	if err := p.mayAdd(host, inv); err != nil {
 		return err
 	}

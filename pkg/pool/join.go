@@ -168,6 +168,8 @@ func checkJoin(req JoinRequest) error {
 		return xapi.NewError(xapi.InvalidValue, "host", "has no uuid or ref")
 	case req.Facts.URL == "":
 		return xapi.NewError(xapi.InvalidValue, "url", "the host does not listen on TLS")
+	case len(req.Host.NameLabel) > maxFact || !isLine(req.Host.NameLabel):
+		return xapi.NewError(xapi.InvalidValue, "name_label", "is too long, or not one line of text")
 	case len(req.Patches) > maxJoinPatches:
 		return xapi.NewError(xapi.InvalidValue, "patches", fmt.Sprintf("more than %d", maxJoinPatches))
 	}

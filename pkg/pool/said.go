@@ -79,14 +79,24 @@ func isLine(text string) bool {
 	return strings.ToValidUTF8(text, "") == text && strings.IndexFunc(text, unicode.IsControl) < 0
 }
 
+// withoutLarge leaves out the content of records that are too large: the host keeps
+// what the pool has of them, and all else of it is still told.
+func (p *Pool) withoutLarge(host xapi.Ref, inv Inventory) Inventory {
+	inv.Put = slices.Clone(inv.Put)
+	for i, r := range inv.Put {
+		if len(r.Record) > maxSaidRecord {
+			p.Log.WithField("host", host).WithField("class", r.Class).Warnf("a record of a host has more than %d bytes and is passed over", maxSaidRecord)
+			inv.Put[i].Record = nil
+		}
+	}
+	return inv
+}
+
 // mayAdd refuses more records than one host may have. Code: INVALID_VALUE.
 func (p *Pool) mayAdd(host xapi.Ref, inv Inventory) error {
 	return p.Store.View(func(v *store.View) error {
 		fresh := map[string]int{}
 		for _, r := range inv.Put {
-			if len(r.Record) > maxSaidRecord {
-				return xapi.NewError(xapi.InvalidValue, r.Class, fmt.Sprintf("%.80s: more than %d bytes", r.Ref, maxSaidRecord))
-			}
 			if _, there := v.Get(r.Class, r.Ref); !there && len(r.Record) > 0 {
 				fresh[r.Class]++
 			}

@@ -117,3 +117,45 @@ func TestWhatComesWhileAHostJoinsGoesAlong(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 }
+
+// refusing takes an inventory from the second connection on.
+type refusing struct {
+	tries chan bool // what is answered; whether it is taken
+}
+
+func (r refusing) Inventory(ctx context.Context, _ pool.Inventory) error {
+	select {
+	case ok := <-r.tries:
+		if ok {
+			return nil
+		}
+		return xapi.NewError(xapi.InvalidValue, "inventory", "refused")
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// An inventory that is refused is tried less and less often, but at once on a new
+// connection.
+func TestARefusedInventoryIsToldAgainOnANewConnection(t *testing.T) {
+	s, stop := running(t, testConfig(t))
+	defer stop()
+	to := refusing{make(chan bool)}
+	i := newInventory(s.store, s.pool, to, quietLog())
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	done := make(chan struct{})
+	go func() { defer close(done); i.run(ctx) }()
+	defer func() { cancel(); <-done }()
+	for range 3 { // the pauses between these are 1 s and 2 s
+		to.tries <- false
+	}
+	began := time.Now()
+	i.reset()
+	to.tries <- true
+	if took := time.Since(began); took > 2*time.Second {
+		t.Errorf("the new connection was told after %s", took)
+	}
+	if err := i.flush(ctx); err != nil {
+		t.Error(err)
+	}
+}

@@ -19,6 +19,9 @@ import (
 // inventoryPause gathers changes of the storage before they are told.
 const inventoryPause = 50 * time.Millisecond
 
+// maxInventoryPause lies at most between two tries to tell what is refused.
+const maxInventoryPause = time.Minute
+
 // sender tells the coordinator of an inventory; *link.Client is one.
 type sender interface {
 	Inventory(ctx context.Context, inv pool.Inventory) error
@@ -60,27 +63,32 @@ func (i *inventory) state() (acked *pool.Inventory, told int64, next chan struct
 
 // run tells of changes until ctx ends.
 func (i *inventory) run(ctx context.Context) {
+	var pause time.Duration
 	for ctx.Err() == nil {
+		_, _, fresh := i.state()
 		err := i.tell(ctx)
+		if pause = min(2*pause, maxInventoryPause); err == nil {
+			pause, fresh = inventoryPause, nil // what was told has closed it
+		} else if pause < time.Second {
+			pause = time.Second
+		}
 		if err != nil && ctx.Err() == nil {
 			i.log.WithError(err).Warn("the coordinator could not be told of this host's storage; it is tried again")
 		}
-		if !i.wait(ctx, err != nil) {
+		if !i.wait(ctx, pause, fresh) {
 			return
 		}
 	}
 }
 
-// wait blocks until there may be something to tell.
-func (i *inventory) wait(ctx context.Context, failed bool) bool {
-	pause := inventoryPause
-	if failed {
-		pause = time.Second
-	}
+// wait blocks until pause is over or fresh closes, because the connection is new, and
+// then until there may be something to tell.
+func (i *inventory) wait(ctx context.Context, pause time.Duration, fresh chan struct{}) bool {
 	select {
 	case <-ctx.Done():
 		return false
 	case <-time.After(pause):
+	case <-fresh:
 	}
 	_, told, next := i.state()
 	changed, cancel := context.WithCancel(ctx)
