@@ -37,9 +37,9 @@ func leaderIsAlone(t *testing.T, cut time.Duration) {
 		}
 		return o
 	})
+	p.Join(p.Leader().H, p.Hosts[3])
 	s := p.Leader()
-	old, member := s.H, p.Hosts[3]
-	p.Join(old, member)
+	old := s.H
 	var rest []*lab.Host
 	var others []*lab.Node
 	for i, node := range n.Nodes {

@@ -153,12 +153,27 @@ func (s *poolSoaker) kill(kind string, which int, w *lab.Work) (back func()) {
 		s.kills[kind]++
 		s.note("killed %s", m.Name)
 		return func() { m.Restart(); s.note("%s is back", m.Name) }
-	case "runner":
-		s.killAll(kind, h, w, processes("runner\x00--groups\x00"+h.GroupPrefix()))
-	case "patch":
-		s.killAll(kind, h, w, (&victim{Host: h}).groupMembers("patch-*"))
+	case "runner", "patch":
+		// The first host from there on that has one, when one comes within a while.
+		for end := time.Now().Add(2 * time.Second); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+			for i := range s.Hosts {
+				h := s.Hosts[(which+i)%len(s.Hosts)]
+				if pids := atWork(kind, h); len(pids) > 0 {
+					s.killAll(kind, h, w, pids)
+					return back
+				}
+			}
+		}
 	}
 	return back
+}
+
+// atWork are the runners of a host, or the processes of its patches.
+func atWork(kind string, h *lab.Host) []int {
+	if kind == "runner" {
+		return processes("runner\x00--groups\x00" + h.GroupPrefix())
+	}
+	return (&victim{Host: h}).groupMembers("patch-*")
 }
 
 func (s *poolSoaker) killDaemon(kind string, h *lab.Host) (back func()) {
@@ -172,9 +187,6 @@ func (s *poolSoaker) killDaemon(kind string, h *lab.Host) (back func()) {
 }
 
 func (s *poolSoaker) killAll(kind string, h *lab.Host, w *lab.Work, pids []int) {
-	if len(pids) == 0 {
-		return
-	}
 	w.Unsure(h)
 	s.rough = true
 	for _, pid := range pids {

@@ -77,7 +77,13 @@ func (p *Pool) Join(coordinator, member *Host) {
 	p.T.Helper()
 	token := strings.TrimSpace(coordinator.Must("pool", "token"))
 	member.Must("pool", "join", coordinator.TLSURL, "--token", token)
-	p.until("host "+member.UUID()+" to be connected", func() bool { return coordinator.listed()[member.UUID()] })
+	p.until("host "+member.UUID()+" to be connected", func() bool {
+		if all := coordinator.listed(); all != nil {
+			return all[member.UUID()]
+		}
+		leader, _ := p.LeaderNow() // on a busy machine it may be another one by now
+		return leader != nil && leader.H.listed()[member.UUID()]
+	})
 	p.out[member] = false
 }
 
