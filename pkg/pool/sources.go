@@ -20,39 +20,61 @@ const (
 	maxFetching = 1 << 16
 )
 
-// fetching is who fetches which image just now, in the coordinator's memory.
+// fetching is who fetches which image just now, in the coordinator's memory: by
+// digest of the map, when each host last said so.
 type fetching struct {
 	mu sync.Mutex
-	at map[fetch]time.Time
+	at map[string]map[xapi.Ref]time.Time
+	n  int // hosts in all of them
 }
 
-type fetch struct {
-	digest string
-	host   xapi.Ref
-}
-
-// note takes note that a host fetches an image, and lists the others that do.
+// note takes note that a host fetches an image, or no more, and lists the others
+// that do. It takes time by how many fetch that image.
 func (f *fetching) note(now time.Time, digest string, host xapi.Ref, does bool) (others []xapi.Ref) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	for k, at := range f.at {
+	of := f.at[digest]
+	for other, at := range of {
 		switch {
-		case now.Sub(at) > fetchingFor:
-			delete(f.at, k)
-		case k.digest == digest && k.host != host:
-			others = append(others, k.host)
+		case other == host || now.Sub(at) > fetchingFor:
+			delete(of, other)
+			f.n--
+		default:
+			others = append(others, other)
 		}
 	}
-	if f.at == nil {
-		f.at = map[fetch]time.Time{}
+	if does && f.n < maxFetching {
+		if of == nil {
+			f.forgetOld(now)
+			of = map[xapi.Ref]time.Time{}
+			f.at[digest] = of
+		}
+		of[host] = now
+		f.n++
 	}
-	key := fetch{digest, host}
-	if !does {
-		delete(f.at, key)
-	} else if len(f.at) < maxFetching {
-		f.at[key] = now
+	if len(of) == 0 {
+		delete(f.at, digest)
 	}
 	return others
+}
+
+// forgetOld drops images that nobody fetches any more: whoever begins with another
+// one pays for it. Call it with mu held.
+func (f *fetching) forgetOld(now time.Time) {
+	if f.at == nil {
+		f.at = map[string]map[xapi.Ref]time.Time{}
+	}
+	for digest, of := range f.at {
+		for host, at := range of {
+			if now.Sub(at) > fetchingFor {
+				delete(of, host)
+				f.n--
+			}
+		}
+		if len(of) == 0 {
+			delete(f.at, digest)
+		}
+	}
 }
 
 // Sources tells a host which other ones have blocks of the images with a map, or
@@ -62,17 +84,17 @@ func (f *fetching) note(now time.Time, digest string, host xapi.Ref, does bool) 
 // the host needs such an image.
 func (p *Pool) Sources(ctx context.Context, host xapi.Ref, digest string, fetches bool) (Sources, error) {
 	var out Sources
-	var reader Host
 	var holders []SourcePeer
 	var partial []SourcePeer
 	now := p.Now()
+	reader, err := p.host(host)
+	if err != nil {
+		return out, err
+	}
 	if err := p.mayReadNow(ctx, host, digest); err != nil {
 		return out, err
 	}
-	err := p.Store.View(func(v *store.View) (err error) {
-		if reader, err = store.Get[Host](v, ClassHost, host); err != nil {
-			return err
-		}
+	err = p.Store.View(func(v *store.View) error {
 		whole, err := p.holders(v, digest)
 		if err != nil {
 			return err

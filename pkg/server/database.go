@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"strings"
+	"time"
 
 	"github.com/sirupsen/logrus"
 
@@ -63,9 +64,17 @@ func storeOptions(c Config, s stateDir, log logrus.FieldLogger) store.Options {
 	}
 }
 
+// openTime is how long a database may take to be read.
+const openTime = time.Minute
+
 // Backup writes all records as of one revision.
 func (d *Database) Backup(ctx context.Context, w io.Writer) error {
-	st, err := store.Open(ctx, storeOptions(d.config, d.state, d.log))
+	limit, cancel := context.WithTimeout(ctx, openTime)
+	st, err := store.Open(limit, storeOptions(d.config, d.state, d.log))
+	cancel()
+	if err != nil && ctx.Err() == nil && store.Unreachable(err) {
+		return fmt.Errorf("the store %s does not answer: is etcd running there, and does this host reach it? %w", d.config.Store, err)
+	}
 	if err != nil {
 		return err
 	}

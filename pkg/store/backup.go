@@ -13,6 +13,7 @@ import (
 	"hash"
 	"io"
 	"slices"
+	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 
@@ -96,6 +97,9 @@ func Restore(ctx context.Context, o Options, r io.Reader) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, s.Close()) }()
+	if err := s.answers(ctx); err != nil {
+		return err
+	}
 	in := newBackupReader(r)
 	if err := in.header(); err != nil {
 		return fmt.Errorf("restore the store: %w", err)
@@ -106,6 +110,19 @@ func Restore(ctx context.Context, o Options, r io.Reader) (err error) {
 	if err := s.restore(ctx, in); err != nil {
 		_, wipe := s.client.Delete(ctx, s.keys.all(), clientv3.WithPrefix())
 		return errors.Join(fmt.Errorf("restore the store: %w", err), wipe)
+	}
+	return nil
+}
+
+// answerTime is how long a cluster may be silent to who cannot wait for it.
+const answerTime = 15 * time.Second
+
+// answers is nil when the cluster gives an answer, whatever it is.
+func (s *Store) answers(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, answerTime)
+	defer cancel()
+	if _, err := s.client.Get(ctx, s.keys.meta("id")); err != nil && Unreachable(err) {
+		return fmt.Errorf("the store %s does not answer: is etcd running there, and does this host reach it? %w", s.opts.URL, err)
 	}
 	return nil
 }
