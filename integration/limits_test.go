@@ -23,7 +23,7 @@ import (
 const (
 	crowd = 2000
 	// answersWithin is what an admin may wait for an answer, in a crowd.
-	answersWithin = time.Second
+	answersWithin = 3 * time.Second
 	// memoryWithin is what the daemon may hold, in a crowd.
 	memoryWithin = 300 * mib
 )

@@ -186,17 +186,34 @@ func (p *peers) ask(ctx context.Context, digest string, fetching bool) (pool.Sou
 	return s.pool.Sources(ctx, s.pool.Self, digest, fetching)
 }
 
-// FetchMap gets a block map from whoever has it.
+// FetchMap gets a block map from whoever has it, now or in a moment.
 func (p *peers) FetchMap(ctx context.Context, digest string) (*vdi.Map, error) {
-	from, ticket, err := p.sources(ctx, digest, false)
-	if err != nil {
-		return nil, err
+	for end := time.Now().Add(sourcePatience); ; {
+		from, ticket, err := p.sources(ctx, digest, false)
+		if err != nil {
+			return nil, err
+		}
+		if len(from) > 0 {
+			return p.server.node.FetchMap(ctx, digest, from, ticket)
+		}
+		if time.Now().After(end) {
+			return nil, errors.New("no host that is there has the image")
+		}
+		select {
+		case <-time.After(sourcePause):
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
 	}
-	if len(from) == 0 {
-		return nil, errors.New("no host that is there has the image")
-	}
-	return p.server.node.FetchMap(ctx, digest, from, ticket)
 }
+
+// How long a host that has an image is waited for, as after a coordinator has
+// died and the hosts are about to connect to the next one, and how often it is
+// looked for.
+const (
+	sourcePatience = 20 * time.Second
+	sourcePause    = 300 * time.Millisecond
+)
 
 // Pull gets the blocks of an image from whoever has them.
 func (p *peers) Pull(ctx context.Context, m *vdi.Map, dst *os.File, resume bool, progress func(done, total int64)) error {
