@@ -59,7 +59,6 @@ func newHerd(b *bench, n int) *herd {
 	if err != nil {
 		b.Fatal(err)
 	}
-	defer st.Close()
 	dir, err := os.MkdirTemp("/dev/shm", "patchd-herd-") // keys are written durably, one by one
 	if err != nil {
 		b.Fatal(err)
@@ -83,6 +82,11 @@ func newHerd(b *bench, n int) *herd {
 		}
 		r.hosts = append(r.hosts, batch...)
 	}
+	if err := st.Close(); err != nil {
+		b.Fatal(err)
+	}
+	r.h.Restart() // it knows its hosts, as one that they have joined does
+	r.s = (&lab.Pool{T: b, Hosts: []*lab.Host{r.h}}).Leader()
 	return r
 }
 

@@ -14,7 +14,7 @@
 // The host says hello, with its protocol version and its facts, and is told the
 // term, the pool and its own record. Then it is pushed its orders, again and
 // whole whenever something in them has changed. It claims, reports and ends its
-// jobs by requests. Every 30 s it sends a beat, which is answered: a side that
+// jobs by requests. Every 45 s it sends a beat, which is answered: a side that
 // hears nothing for long enough cuts the link. When a link has ended the host
 // dials again, soon and with jitter, whoever of the coordinators leads.
 //

@@ -44,7 +44,7 @@ type times struct {
 }
 
 var defaultTimes = times{
-	beat: 30 * time.Second, busyBeat: 5 * time.Second, answer: 10 * time.Second, silence: 75 * time.Second,
+	beat: 45 * time.Second, busyBeat: 5 * time.Second, answer: 10 * time.Second, silence: 110 * time.Second,
 	hello: 10 * time.Second, write: 10 * time.Second, line: time.Minute, grace: 45 * time.Second, gather: time.Second,
 	retry: 200 * time.Millisecond, maxRetry: 5 * time.Second,
 }

@@ -384,6 +384,7 @@ func (s *Server) admit(w http.ResponseWriter, r *http.Request) (a pool.JoinAnswe
 	if a, err = s.pool.Admit(ctx, req, trust.PeerKey(*r.TLS), byUser); err != nil {
 		return a, err
 	}
+	boundMemory(s.hosts())
 	if req.Align {
 		s.align(req.Ref)
 	}

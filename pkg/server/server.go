@@ -325,7 +325,7 @@ func (s *Server) Run(ctx context.Context, ready func()) error {
 	if err := s.repairHost(ctx); err != nil {
 		return fmt.Errorf("repair at start: %w", err)
 	}
-	boundMemory()
+	boundMemory(s.hosts())
 	var wg sync.WaitGroup
 	serving := func() {
 		wg.Go(func() { cancel(s.runAgent(ctx)) })
@@ -440,9 +440,21 @@ func (s *Server) every(ctx context.Context, pause time.Duration, what string, f 
 	}
 }
 
+// hosts is how many hosts the pool has, as far as this one knows.
+func (s *Server) hosts() (n int) {
+	err := s.store.View(func(v *store.View) error {
+		n = v.Count(pool.ClassHost)
+		return nil
+	})
+	if err != nil {
+		return 1
+	}
+	return n
+}
+
 // keepHost is the housekeeping of every host.
 func (s *Server) keepHost(context.Context) error {
-	boundMemory()
+	boundMemory(s.hosts())
 	_, err := s.state.useReserve(s.dom0, s.log)
 	renewed, kerr := s.identity.Renew(time.Now())
 	if renewed {
