@@ -181,7 +181,7 @@ func (l *lightHost) work(ctx context.Context, takes time.Duration) {
 
 // benchIdle connects 10,000 hosts that have nothing to do.
 func benchIdle(b *bench) []row {
-	const n, settle, span = 10_000, 20 * time.Second, 30 * time.Second
+	const n, settle, span = 10_000, 20 * time.Second, 50 * time.Second // in which each host beats once
 	r := newHerd(b, n)
 	time.Sleep(2 * time.Second) // the records are in
 	before := rss(b, r.h.Pid())
