@@ -211,7 +211,7 @@ func (p *peers) FetchMap(ctx context.Context, digest string) (*vdi.Map, error) {
 // died and the hosts are about to connect to the next one, and how often it is
 // looked for.
 const (
-	sourcePatience = 20 * time.Second
+	sourcePatience = 6 * time.Second
 	sourcePause    = 300 * time.Millisecond
 )
 
