@@ -92,7 +92,7 @@ func TestIntakeBudget(t *testing.T) {
 	go func() { done <- send(600 << 10) }()
 	for taken := false; !taken; {
 		in.mu.Lock()
-		taken = in.free < 600<<10
+		taken = in.free < smallBody // it has all that it will take
 		in.mu.Unlock()
 	}
 	if got := send(600 << 10); got != http.StatusServiceUnavailable {
