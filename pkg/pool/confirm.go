@@ -335,15 +335,14 @@ func (p *Pool) leaveToItsHost(tx *store.Tx, ref xapi.Ref) error {
 	if err != nil {
 		return err
 	}
-	for _, link := range tx.Refs(ClassPBD, "SR", string(rec.SR)) {
-		pbd, err := store.Read[PBD](tx, ClassPBD, link)
+	if links := tx.Refs(ClassPBD, "SR", string(rec.SR)); len(links) > 0 {
+		pbd, err := store.Read[PBD](tx, ClassPBD, links[0])
 		if err != nil {
 			return err
 		}
 		intent, in := p.newIntent(Intent{Kind: IntentDestroy, SR: rec.SR, VDI: rec.UUID, Ref: ref})
 		in.Host = pbd.Host
 		tx.Put(ClassIntent, intent, in)
-		break
 	}
 	tx.Delete(ClassVDI, ref)
 	return nil

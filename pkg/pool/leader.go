@@ -72,15 +72,13 @@ func (p *Pool) EnsureFirstSR(ctx context.Context, spec SRSpec) error {
 // ownSR is the oldest SR that this host has a PBD of, or "".
 func (p *Pool) ownSR() (ref xapi.Ref, err error) {
 	err = p.Store.View(func(v *store.View) error {
-		for _, pbd := range v.Refs(ClassPBD, "host", string(p.Self)) {
-			rec, err := store.Get[PBD](v, ClassPBD, pbd)
-			if err != nil {
-				return err
-			}
-			ref = rec.SR
+		links := v.Refs(ClassPBD, "host", string(p.Self))
+		if len(links) == 0 {
 			return nil
 		}
-		return nil
+		rec, err := store.Get[PBD](v, ClassPBD, links[0])
+		ref = rec.SR
+		return err
 	})
 	return ref, err
 }

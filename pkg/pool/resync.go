@@ -56,15 +56,15 @@ func (p *Pool) resyncStamp(ctx context.Context, host xapi.Ref, s Stamp) error {
 			patch = xapi.NewRef()
 			tx.Put(ClassPatch, patch, s.Patch)
 		}
-		for _, ref := range hostPatchesOf(tx, patch, host) {
+		if have := hostPatchesOf(tx, patch, host); len(have) > 0 {
 			var hp HostPatch
-			if err := tx.Get(ClassHostPatch, ref, &hp); err != nil {
+			if err := tx.Get(ClassHostPatch, have[0], &hp); err != nil {
 				return err
 			}
 			if !hp.Applied && hp.OtherConfig[KeyState] == StateUnknown {
 				delete(hp.OtherConfig, KeyState)
 				hp.Applied, hp.TimestampApplied = true, s.Applied
-				tx.Put(ClassHostPatch, ref, hp)
+				tx.Put(ClassHostPatch, have[0], hp)
 			}
 			return nil
 		}

@@ -118,7 +118,7 @@ func (p *peers) verify(ticket []byte, reader, digest string) error {
 // trusted are the keys of the hosts that may lead, and the SHA-256 of those that
 // nobody may let in.
 func (s *Server) trusted() (keys [][]byte, revoked []string, err error) {
-	coordinators := []pool.Peer{}
+	var coordinators []pool.Peer
 	if s.member != nil {
 		o, ok := s.link.Orders()
 		if !ok {
