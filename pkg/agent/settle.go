@@ -62,11 +62,19 @@ func (e *execution) undo(entry Entry, cause error) error {
 		return nil
 	}
 	if !e.recorded {
-		job, _, err := a.Coordinator.FindJob(context.WithoutCancel(e.stop), e.id)
+		job, there, err := a.Coordinator.FindJob(context.WithoutCancel(e.stop), e.id)
 		if err != nil {
 			return err
 		}
 		e.attempt = max(e.attempt, job.Attempt) // a claim whose answer was lost
+		if cleanup == nil && there && xapi.Is(cause, xapi.CannotContactHost) && job.State != pool.JobDone && !job.Cancel && job.Attempt < maxAttempts {
+			// The coordinator died while it was asked: nothing has run, and the
+			// next one gives the job once more.
+			if err := a.Coordinator.JobRequeue(context.WithoutCancel(e.stop), entry.Assignment.Ref); err != nil {
+				return err
+			}
+			return a.journal.end(e.id)
+		}
 		if c := context.Cause(e.ctx); c != nil && xapi.Is(c, xapi.TaskCancelled) {
 			cause = c
 		}
