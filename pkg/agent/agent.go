@@ -124,7 +124,7 @@ func New(o Options) *Agent {
 func (a *Agent) Run(ctx context.Context) error {
 	defer a.wg.Wait()
 	for {
-		jobs, rev, err := a.Coordinator.Jobs(a.Self)
+		jobs, rev, err := a.jobs()
 		if err != nil {
 			return err
 		}
@@ -266,7 +266,7 @@ func (a *Agent) Recover(ctx context.Context) error {
 		known[e.uuid()] = true
 		errs = append(errs, a.recoverEntry(ctx, e))
 	}
-	jobs, _, err := a.Coordinator.Jobs(a.Self)
+	jobs, _, err := a.jobs()
 	errs = append(errs, err)
 	for _, j := range jobs {
 		id := j.Job.UUID
