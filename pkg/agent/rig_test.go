@@ -352,6 +352,7 @@ type coordinator struct {
 	dieAt  int
 	after  bool
 	dead   bool
+	lost   int // so many claims are granted, and their answers lost
 }
 
 var errInjected = errors.New("injected")
@@ -382,6 +383,12 @@ func (c *coordinator) call(name string, f func() error) error {
 
 func (c *coordinator) JobClaim(ctx context.Context, job xapi.Ref) (n int64, err error) {
 	err = c.call("claim", func() error { n, err = c.Coordinator.JobClaim(ctx, job); return err })
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err == nil && c.lost > 0 {
+		c.lost--
+		return 0, xapi.NewError(xapi.CannotContactHost, "the coordinator")
+	}
 	return n, err
 }
 
