@@ -124,7 +124,12 @@ func PatchRecord(i patch.Info) pool.Patch {
 // stampDigest reads a stampfile back from disk: its SHA-256, lower-case hexadecimal,
 // and what it says. One that makes no sense says nothing.
 func stampDigest(patchDir string, id xapi.UUID) (digest string, s pool.Stamp, err error) {
-	b, err := os.ReadFile(filepath.Join(appliedDir(patchDir), string(id)))
+	f, err := os.OpenFile(filepath.Join(appliedDir(patchDir), string(id)), os.O_RDONLY|syscall.O_NONBLOCK, 0) // the patch may have put anything there
+	if err != nil {
+		return "", s, err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, maxStamp))
 	if err != nil {
 		return "", s, err
 	}

@@ -84,7 +84,7 @@ func LoadKeyring(dir string) (*Keyring, error) {
 			k.problem(dir, fmt.Errorf("more than %d files: the rest is not read", maxKeyFiles))
 			break
 		}
-		data, err := readKeyFile(filepath.Join(dir, entry.Name()))
+		data, err := ReadKeyFile(filepath.Join(dir, entry.Name()))
 		if err != nil {
 			k.problem(entry.Name(), err)
 			continue
@@ -293,9 +293,9 @@ func algorithm(k *packet.PublicKey) string {
 	return name
 }
 
-// readKeyFile reads a regular file and nothing else; it never follows a link
+// ReadKeyFile reads a regular file and nothing else; it never follows a link
 // and never waits for a pipe.
-func readKeyFile(path string) ([]byte, error) {
+func ReadKeyFile(path string) ([]byte, error) {
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err == unix.ELOOP {
 		return nil, errors.New("a symbolic link is not followed: put the key itself here")

@@ -12,7 +12,6 @@ import (
 	"net"
 	"net/http"
 	"net/url"
-	"os"
 	"path/filepath"
 	"strings"
 	"time"
@@ -434,7 +433,7 @@ func (s *Server) signingKeys() (out []pool.SigningKey, err error) {
 	}
 	total := 0
 	for _, name := range names {
-		b, err := os.ReadFile(name)
+		b, err := patch.ReadKeyFile(name)
 		if err != nil || total+len(b) > maxSigningKeys {
 			continue // no key that anybody could take over
 		}
