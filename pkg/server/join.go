@@ -267,6 +267,9 @@ func (s *Server) askToJoin(ctx context.Context, base, pin string, req pool.JoinR
 	if err := json.Unmarshal(b, &a); err != nil {
 		return a, fmt.Errorf("the answer of %s: %w", base, err)
 	}
+	if !a.Pool.Valid() || a.Host != req.Ref {
+		return a, fmt.Errorf("the answer of %s is of pool %.64q and host %.64q: it makes no sense", base, a.Pool, a.Host)
+	}
 	return a, nil
 }
 
